@@ -169,7 +169,7 @@ def affected(files: list[str], root: Path | None = None) -> list[Package]:
 
     Packages do not import one another, so a file below packages/X/ breaks X alone. Prose and pictures outside
     packages/ and tools/ and the root's LICENSE (each package carries its own) break nothing. Any other file
-    is shared: the workshop, root configuration, CI, and also .gitignore, which hatchling obeys when it builds.
+    is shared: the workshop, root configuration, CI, and .gitignore, which hatchling obeys when it builds.
     A shared file breaks every member, the workshop included.
 
     Args:
