@@ -2,8 +2,8 @@
 
 A verdict is read off an interval, never off a mean. Which interval suits which measurement:
 
-- a mean over a handful of seeds: Student's t, mean +- t_{n-1} s / sqrt(n). It is exact for normal samples and is
-  the only one here that stays honest at n = 3 to 10, where a bootstrap is too narrow;
+- a mean over a handful of seeds: Student's t, mean +- t_{n-1} s / sqrt(n). It is exact for normal samples
+  and the only one here that stays honest at n = 3 to 10, where a bootstrap is too narrow;
 - two arms run on the same seeds: the same, on the differences (`paired_difference`);
 - a statistic without a formula, n >= 15 or so: bias-corrected accelerated bootstrap (`bootstrap_interval`);
 - a rate y = C x^p: the slope of log y against log x (`loglog_slope`);
@@ -151,9 +151,9 @@ def paired_difference(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Estima
 def loglog_slope(x: ArrayLike, y: ArrayLike, level: float = 0.95) -> Estimate:
     """Exponent p of y = C x^p: the least-squares slope of log y against log x.
 
-    For one curve the interval is the regression's t interval on n - 2 degrees of freedom: it takes the residuals
-    for independent noise. Given one row per seed, the slope is fitted row by row and the interval is Student's
-    over the rows. That one is to be preferred: the points of a single run are correlated, its seeds are not.
+    For one curve the interval is the regression's t interval on n - 2 degrees of freedom: it takes the
+    residuals for independent noise. Given one row per seed, the slope is fitted row by row and the interval
+    is Student's over the rows. Prefer that: the points of a single run are correlated, its seeds are not.
 
     Args:
         x: positive abscissae, at least two different ones.
@@ -164,8 +164,8 @@ def loglog_slope(x: ArrayLike, y: ArrayLike, level: float = 0.95) -> Estimate:
         The slope; its interval is infinite for two points or for fewer than 3 rows.
 
     Raises:
-        ValueError: if shapes do not match, a value is not finite and > 0, all x are equal, or level is outside
-            (0, 1).
+        ValueError: if shapes do not match, a value is not finite and > 0, all x are equal, or level is
+            outside (0, 1).
     """
     log_x = np.log(_positive(_vector(x, "x"), "x"))
     values = _finite(np.asarray(y, dtype=float), "y")
@@ -199,10 +199,10 @@ def paired_ratio(
     """Typical ratio a / b of quantities measured side by side: exp of the median of log(a[i] / b[i]).
 
     Timings have a hard floor and a long tail of interruptions, so the median is taken: one descheduled round
-    moves a mean of ratios, geometric or not, and leaves the median alone. Ratios are formed within a round, so
-    that a machine that warms up or is shared slows both sides alike. Taking logarithms makes the answer the
-    same whichever side is the denominator. The interval is a percentile bootstrap: the median is not smooth,
-    and the acceleration of BCa does not exist for it.
+    moves a mean of ratios, geometric or not, and leaves the median alone. Ratios are formed within a round,
+    so that a machine that warms up or is shared slows both sides alike. Taking logarithms makes the answer
+    the same whichever side is the denominator. The interval is a percentile bootstrap: the median is not
+    smooth, and the jackknife that BCa relies on is inconsistent for it.
 
     Args:
         a: positive measurements, one per round.
