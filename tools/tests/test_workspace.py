@@ -134,6 +134,18 @@ def test_a_broken_manifest_is_named_with_what_is_wrong(tree: Path, text: str, co
     assert str(broken) in str(caught.value)
 
 
+@pytest.mark.parametrize(("name", "place"), [("Beta_Optim", "packages/beta-optim"), ("tools", "tools")])
+def test_a_member_is_found_by_name_with_its_extras(tree: Path, name: str, place: str):
+    folder = workspace.folder(name, tree)
+    assert folder == (tree / place).resolve()
+    assert workspace.extras(folder) == ("jax", "torch")
+
+
+def test_the_folder_of_an_unknown_member_is_an_error(tree: Path):
+    with pytest.raises(workspace.UnknownPackage, match="unknown package 'tool'"):
+        workspace.folder("tool", tree)
+
+
 def test_committed_staged_unstaged_and_untracked_changes_all_count(repository: Path):
     write(repository / "committed.txt")
     git(repository, "add", "committed.txt")

@@ -110,10 +110,10 @@ def members(root: Path | None = None) -> list[Package]:
     Raises:
         ValueError: if a pyproject.toml is broken or disagrees with its folder's name.
     """
-    folder = _root(root)
-    manifest = folder / TOOLS / "pyproject.toml"
+    top = _root(root)
+    manifest = top / TOOLS / "pyproject.toml"
     workshop = [_read_package(manifest)] if manifest.is_file() else []
-    return [*packages(folder), *workshop]
+    return [*packages(top), *workshop]
 
 
 def find(name: str, root: Path | None = None) -> Package:
@@ -135,6 +135,31 @@ def find(name: str, root: Path | None = None) -> Package:
     raise UnknownPackage(f"unknown package {name!r}{hint}; accepted: {', '.join(known) or 'none yet'}")
 
 
+def folder(name: str, root: Path | None = None) -> Path:
+    """The folder of a member: of a package by any spelling of its name, of the workshop by `tools`.
+
+    Args:
+        name: a distribution or `tools`.
+        root: the workspace's root; default the one around the current directory.
+
+    Raises:
+        UnknownPackage: if there is no such member.
+    """
+    return _root(root) / TOOLS if name == TOOLS else find(name, root).path
+
+
+def extras(folder: Path) -> tuple[str, ...]:
+    """Names of a member's optional dependencies, sorted.
+
+    Args:
+        folder: the member's folder, as `folder` gives it.
+
+    Raises:
+        ValueError: if its pyproject.toml is broken.
+    """
+    return _read_package(Path(folder) / "pyproject.toml").extras
+
+
 def changed_files(since: str, root: Path | None = None) -> list[str]:
     """Files that differ from the point where HEAD left `since`: committed, uncommitted and untracked.
 
@@ -150,17 +175,17 @@ def changed_files(since: str, root: Path | None = None) -> list[str]:
     Raises:
         ValueError: if this is no git repository, the revision is unknown, or it shares no history with HEAD.
     """
-    folder = _root(root)
-    commit = _git(folder, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{since}^{{commit}}")
+    top = _root(root)
+    commit = _git(top, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{since}^{{commit}}")
     if commit is None:
-        if _git(folder, "rev-parse", "--git-dir") is None:
-            raise ValueError(f"root must be a git repository, got {folder}")
+        if _git(top, "rev-parse", "--git-dir") is None:
+            raise ValueError(f"root must be a git repository, got {top}")
         raise ValueError(f"since must be a git revision of this repository, got {since!r}")
-    base = _git(folder, "merge-base", commit.strip(), "HEAD")
+    base = _git(top, "merge-base", commit.strip(), "HEAD")
     if base is None:
         raise ValueError(f"since must share history with HEAD (is the clone shallow?), got {since!r}")
-    tracked = _git(folder, "diff", "--name-only", "--no-renames", "--relative", "-z", base.strip()) or ""
-    untracked = _git(folder, "ls-files", "--others", "--exclude-standard", "-z") or ""
+    tracked = _git(top, "diff", "--name-only", "--no-renames", "--relative", "-z", base.strip()) or ""
+    untracked = _git(top, "ls-files", "--others", "--exclude-standard", "-z") or ""
     return sorted({name for name in (tracked + untracked).split("\0") if name})
 
 
