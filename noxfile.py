@@ -3,14 +3,16 @@
 # requires-python = ">=3.11"
 # dependencies = ["nox>=2025.11.12", "packaging>=24.1"]
 # ///
-"""Every automation of the monorepo, a few lines each: `uv run noxfile.py -s SESSION`; the logic lives in tools/."""
+"""Every automation of the monorepo in a few lines: `uv run noxfile.py -s SESSION`; logic lives in tools/."""
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import nox
@@ -20,9 +22,9 @@ sys.path.insert(0, str(ROOT / "tools" / "src"))
 
 from tenfold_tools import workspace  # noqa: E402
 
-PACKAGES = [package.distribution for package in workspace.packages(ROOT)]
+PYTHONS = workspace.PYTHONS
+PACKAGES = [package.name for package in workspace.packages(ROOT)]
 TARGETS = [*PACKAGES, workspace.TOOLS]
-PYTHONS = ("3.11", "3.12", "3.13")
 RUNNING = f"{sys.version_info.major}.{sys.version_info.minor}"
 DEFAULT_PYTHON = RUNNING if RUNNING in PYTHONS else PYTHONS[-1]
 CONSTRAINTS = ("-c", "constraints.txt")
@@ -51,11 +53,13 @@ def install(session: nox.Session, target: str, *options: str) -> None:
     folder = workspace.folder(target, ROOT).relative_to(ROOT)
     extras = ",".join(workspace.extras(folder))
     workshop = () if target == workspace.TOOLS else ("-e", "tools")
-    session.install(*options, "-e", f"{folder}[{extras}]", *workshop, "--group", f"{folder}/pyproject.toml:test")
+    session.install(
+        *options, "-e", f"{folder}[{extras}]", *workshop, "--group", f"{folder}/pyproject.toml:test"
+    )
 
 
 def tool(session: nox.Session, module: str, *args: str, **kwargs: object) -> None:
-    """Run a workshop command; its exit status 2 (bad input) becomes nox's own, which else is 1 for any failure."""
+    """Run a workshop command; its exit status 2 (bad input) becomes that of nox, which else ends with 1."""
     try:
         session.run("python", "-m", f"tenfold_tools.{module}", *args, **kwargs)
     except nox.command.CommandFailed as failure:
@@ -81,23 +85,30 @@ def run_tests(session: nox.Session, target: str) -> None:
     session.run("python", "-m", "pytest", str(tests), *marker, *session.posargs)
 
 
+def for_every_python(work: Callable[[nox.Session, str], None]) -> None:
+    """One session name per Python: plain `-s tests` means one environment per package and not three."""
+    for python in PYTHONS:
+        name = work.__name__ if python == DEFAULT_PYTHON else f"{work.__name__}-{python}"
+
+        @nox.session(python=python, name=name)
+        @nox.parametrize("target", TARGETS, ids=TARGETS)
+        @functools.wraps(work)
+        def run(session: nox.Session, target: str) -> None:
+            work(session, target)
+
+
+@for_every_python
 def tests(session: nox.Session, target: str) -> None:
-    """Tests of one target at the versions of constraints.txt; `tests-3.13` and its like pick another Python."""
+    """Tests of one target at the versions of constraints.txt; `tests-3.13(...)` picks another Python."""
     install(session, target, *CONSTRAINTS)
     run_tests(session, target)
 
 
+@for_every_python
 def lowest(session: nox.Session, target: str) -> None:
     """The same tests at the lowest versions that the package declares."""
     install(session, target, "--resolution", "lowest-direct")
     run_tests(session, target)
-
-
-# One session name per Python, so that plain `-s tests` means one environment per package and not three.
-for function in (tests, lowest):
-    for python in PYTHONS:
-        name = function.__name__ if python == DEFAULT_PYTHON else f"{function.__name__}-{python}"
-        nox.session(python=python, name=name)(nox.parametrize("target", TARGETS, ids=TARGETS)(function))
 
 
 @nox.session(venv_backend="none")
@@ -142,7 +153,9 @@ def gpu(session: nox.Session) -> None:
     package, options = package_argument(session)
     install(session, package, *CONSTRAINTS)
     # 5 is pytest's word for "no test carries the marker": a package without GPU code.
-    session.run("python", "-m", "pytest", f"packages/{package}/tests", "-m", "gpu", *options, success_codes=[0, 5])
+    session.run(
+        "python", "-m", "pytest", f"packages/{package}/tests", "-m", "gpu", *options, success_codes=[0, 5]
+    )
     for script in sorted(workspace.folder(package, ROOT).glob("benchmarks/bench_*.py")):
         session.run("python", str(script.relative_to(ROOT)), "--device", "cuda")
 
