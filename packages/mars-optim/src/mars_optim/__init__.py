@@ -1,3 +1,55 @@
-"""MARS optimisers (Yuan et al. 2025, arXiv 2411.10438); importing this package imports no framework."""
+"""MARS optimisers: variance-reduced gradients in front of AdamW, Lion, Shampoo, Muon and SGD.
+
+Yuan, Liu, Wu, Zhou, Gu, "MARS: Unleashing the Power of Variance Reduction for Training Large Models",
+ICML 2025, arXiv 2411.10438. Importing this package is light and imports no framework and no NumPy; the names
+below are loaded when first used, the torch ones from `mars_optim.torch` (extra `[torch]`).
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .theory import gamma_star, noise_ratio, storm_schedule
+    from .torch import MARS, GammaScheduler, build_param_groups
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "MARS",
+    "GammaScheduler",
+    "build_param_groups",
+    "gamma_star",
+    "noise_ratio",
+    "storm_schedule",
+]
+
+_HOME = {
+    "MARS": "torch",
+    "GammaScheduler": "torch",
+    "build_param_groups": "torch",
+    "gamma_star": "theory",
+    "noise_ratio": "theory",
+    "storm_schedule": "theory",
+}
+_NEEDED_BY_TORCH = ("torch", "jaxtyping")
+
+
+def __getattr__(name: str) -> object:
+    """Load an exported name from the submodule it lives in, once."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    except ModuleNotFoundError as error:
+        if _HOME[name] != "torch" or error.name not in _NEEDED_BY_TORCH:
+            raise
+        raise ImportError(
+            f'mars_optim.{name} needs {error.name}, which is not installed: pip install "mars-optim[torch]"',
+            name=error.name,
+        ) from error
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
