@@ -37,12 +37,14 @@ nox.options.sessions = ["tests"]
 
 def offer_pyenv_interpreters() -> None:
     """Let pyenv's shims answer for every supported Python; by default they answer for one version only."""
-    if "PYENV_VERSION" in os.environ or shutil.which("pyenv") is None:
+    if shutil.which("pyenv") is None:
         return
     listing = subprocess.run(["pyenv", "versions", "--bare"], capture_output=True, text=True, check=False)
     installed = listing.stdout.split()
     newest = [[v for v in installed if v.startswith(f"{python}.")][-1:] for python in PYTHONS]
-    os.environ["PYENV_VERSION"] = ":".join(version for found in newest for version in found) or "system"
+    # A uv that pyenv started has the variable set to its own version: that one stays first.
+    chosen = [os.environ.get("PYENV_VERSION", ""), *(version for found in newest for version in found)]
+    os.environ["PYENV_VERSION"] = ":".join(version for version in chosen if version)
 
 
 offer_pyenv_interpreters()
