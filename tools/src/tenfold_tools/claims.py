@@ -132,7 +132,7 @@ class Number:
             raise ValueError(f"samples of {name!r} must hold at least one value, got none")
         value = math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.nan
         low, high = -math.inf, math.inf
-        if len(values) >= 3 and math.isfinite(value):
+        if math.isfinite(value):
             from tenfold_tools.stats import t_interval  # scipy behind it: loaded when an interval is wanted
 
             low, high = t_interval(values, level=0.95)
