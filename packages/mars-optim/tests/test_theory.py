@@ -270,7 +270,7 @@ def test_storm_is_the_exact_form_at_full_strength():
         (lambda: theory.storm_equivalent(1.0), r"beta1 must be in \[0, 1\), got 1.0"),
         (lambda: theory.linear_momentum(1.0, 1.0, 1.0, 1.0), r"a1 must be in \(0, 1\), got 1.0"),
         (lambda: theory.linear_momentum(0.9, 0.0, 0.0, 0.0), r"must be finite and > 0, got 0.0"),
-        (lambda: theory.linear_momentum(0.9, 0.1, 1.0, 0.0), "gamma would be -"),
+        (lambda: theory.linear_momentum(0.9, 0.1, 1.0, 0.0), "gamma must be >= 0 but would be -"),
     ],
 )
 def test_equivalents_refuse_what_has_no_equivalent(call, message):

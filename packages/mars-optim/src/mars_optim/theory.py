@@ -1,7 +1,7 @@
 """What can be said about MARS without running it, in NumPy.
 
-Writing eps_t = m_t - grad F(x_t) for the momentum's error, Delta = grad f(x_{t+1}, xi) - grad f(x_t, xi) for what
-one step does to one sample's gradient and beta for beta1, the exact form without clipping obeys
+Write eps_t = m_t - grad F(x_t) for the error of the momentum, Delta = grad f(x_{t+1}, xi) - grad f(x_t, xi)
+for the change of one sample's gradient in one step, and beta for beta1. The exact form without clipping obeys
 
     eps_{t+1} = (1 - beta) (grad f(x_{t+1}, xi) - grad F(x_{t+1})) + beta eps_t + beta (gamma Delta - E Delta)
 
@@ -26,9 +26,9 @@ def gamma_star(delta: FloatArray, grad: FloatArray, eps: FloatArray, beta1: floa
     """Correction strength that minimises the momentum's next mean square error, for a finite sum.
 
     gamma* = 1 - [G + beta (E||Delta||^2 - ||E Delta||^2)] / (beta E||Delta||^2), with
-    G = (1 - beta) E<Delta, grad f - grad F> + beta <E Delta, eps>. It may lie far outside [0, 1] and changes from
-    step to step: a diagnostic, not a default. The paper prints G twice with a slip (Section 3.1 drops the factor
-    beta of eps, eq. C.2 flips the sign of that term); this is the form that minimises `one_step_error`.
+    G = (1 - beta) E<Delta, grad f - grad F> + beta <E Delta, eps>. It may lie far outside [0, 1] and changes
+    from step to step: a diagnostic, not a default. The paper prints G twice with a slip (Section 3.1 drops
+    the factor beta of eps, eq. C.2 flips the sign of that term); this form minimises `one_step_error`.
 
     Args:
         delta: shape (samples, dimension); row i is grad f_i(x_{t+1}) - grad f_i(x_t).
@@ -37,7 +37,7 @@ def gamma_star(delta: FloatArray, grad: FloatArray, eps: FloatArray, beta1: floa
         beta1: momentum decay in (0, 1).
 
     Raises:
-        ValueError: if shapes do not fit, beta1 is outside (0, 1), or delta is zero (every gamma is then optimal).
+        ValueError: if shapes do not fit, beta1 is outside (0, 1), or delta is zero (no gamma is then best).
 
     Source: eq. D.14, Lemma C.2.
     """
@@ -78,9 +78,9 @@ def one_step_error(delta: FloatArray, grad: FloatArray, eps: FloatArray, beta1: 
 def storm_schedule(s: float, c: float) -> Iterator[tuple[float, float, float]]:
     """Endless (eta_t, beta1_t, beta2_t) of the convergence theorem, for t = 1, 2, ...
 
-    eta_t = (s + t)^(-1/3), beta1_{t+1} = 1 - c eta_t^2, beta2_{t+1} = 1 - eta_t^6, and eta_0 = s^(-1/3) in the
-    first betas. With smoothness L and H_t >= rho I the theorem asks for s >= 8 L^3 / rho^3 (with decay lambda
-    also s >= 64 lambda^3) and c >= 32 L^2 / rho^2 + 1; the mean of E||grad F(x_t) - m_t||^2 is then
+    eta_t = (s + t)^(-1/3), beta1_{t+1} = 1 - c eta_t^2, beta2_{t+1} = 1 - eta_t^6, and eta_0 = s^(-1/3) in
+    the first betas. With smoothness L and H_t >= rho I the theorem asks for s >= 8 L^3 / rho^3 (with decay
+    lambda also s >= 64 lambda^3) and c >= 32 L^2 / rho^2 + 1; the mean of E||grad F(x_t) - m_t||^2 is then
     O(log T / T^(2/3)).
 
     Args:
@@ -96,10 +96,9 @@ def storm_schedule(s: float, c: float) -> Iterator[tuple[float, float, float]]:
         raise ValueError(f"s must be finite and >= 1, got {s!r}")
     if not (math.isfinite(c) and c > 0):
         raise ValueError(f"c must be finite and > 0, got {c!r}")
-    if c * s ** (-2 / 3) >= 1:
-        raise ValueError(
-            f"c * s**(-2/3) must be < 1 for the first beta1 to be positive, got {c * s ** (-2 / 3)!r}"
-        )
+    first = c * s ** (-2 / 3)
+    if first >= 1:
+        raise ValueError(f"c * s**(-2/3) must be < 1 for the first beta1 to be positive, got {first!r}")
     return _storm_terms(s, c)
 
 
@@ -137,7 +136,7 @@ def noise_ratio(beta1: float, gamma: float) -> float:
 
 
 class Equivalent(NamedTuple):
-    """The MARS setting that reproduces a known method, with clip=None and, if approximate, prev_grad_init="zero".
+    """The MARS setting that reproduces a known method (clip=None; if approximate, prev_grad_init="zero").
 
     Attributes:
         mars_type: the `mars_type` to use.
@@ -163,7 +162,7 @@ def linear_momentum(
     The method averages u_{t+1} = a1 u_t + a2 g_t and moves along n_t = b1 u_t + b2 g_t, or along
     b1 u_{t+1} + b2 g_t if the average is `updated_first`. Then
     n_t = a1 n_{t-1} + (b1 a2 - a1 b2 + b2) g_t + q (g_t - g_{t-1}) with q = a1 b2 - b1 a2, or q = a1 b2 if
-    updated first, which is scale times MARS's m_t = beta1 m_{t-1} + (1 - beta1) g_t + gamma beta1 (g_t - g_{t-1}).
+    updated first: scale times MARS's m_t = beta1 m_{t-1} + (1 - beta1) g_t + gamma beta1 (g_t - g_{t-1}).
 
     Args:
         a1: decay of the average, in (0, 1).
@@ -173,7 +172,7 @@ def linear_momentum(
         updated_first: whether the momentum uses the average that already contains g_t.
 
     Raises:
-        ValueError: if a1 is outside (0, 1), the gradient's total weight is not positive, or gamma would be negative.
+        ValueError: if a1 is outside (0, 1), the weight of g_t is not positive, or gamma would be negative.
 
     Source: Lemma 3.4; with `updated_first` Lemma D.1.
     """
@@ -186,9 +185,7 @@ def linear_momentum(
     scale = weight / (1 - a1)
     gamma = change / (a1 * scale)
     if gamma < 0:
-        raise ValueError(
-            f"the method weighs old gradients more than MARS can: gamma would be {gamma!r}, below 0"
-        )
+        raise ValueError(f"b1*a2 must not exceed a1*b2: gamma must be >= 0 but would be {gamma!r}")
     return a1, gamma, scale
 
 
