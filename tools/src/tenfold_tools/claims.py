@@ -147,10 +147,17 @@ class Number:
 
     def __str__(self) -> str:
         """`name: 0.0702 [0.0501, 0.0903] unit`, without the interval where no chance is involved."""
-        text = f"{self.name}: {self.value:.4g}"
-        if self.low != self.high:
-            text += f" [{self.low:.4g}, {self.high:.4g}]"
+        text = f"{self.name}: {short(self.value)}"
+        if self.bounded and self.low != self.high:
+            text += f" [{short(self.low)}, {short(self.high)}]"
+        elif math.isfinite(self.value) and not self.bounded:
+            text += " (no interval)"
         return f"{text} {self.unit}".rstrip()
+
+
+def short(value: float) -> str:
+    """The number to 4 digits; whole thousands are written out (36864, not 3.686e+04)."""
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.4g}"
 
 
 # ---------------------------------------------------------------------------------------------- criteria
@@ -242,7 +249,8 @@ class Figure:
     Args:
         title: one line; also the text for readers who do not see the picture.
         draw: draws on an empty matplotlib Figure. It is called twice, under a light and a dark style, so it
-            takes its colours from the property cycle ("C0", "C1", ...) and leaves text and axes to the style.
+            takes its colours from the property cycle ("C0", "C1", ...) and leaves text and axes to the style;
+            what matplotlib draws black (the error bars of `bar`) wants `matplotlib.rcParams["text.color"]`.
     """
 
     title: str

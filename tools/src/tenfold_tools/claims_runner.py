@@ -59,12 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("\ninterrupted before the first claim; nothing was written\n")
         return 130
-    results: list[dict[str, Any]] = []
+    results: list[tuple[str, dict[str, Any]]] = []
     try:
         for job in jobs:
+            name = job.package.distribution
             records = _run_job(job, options, root, console)
-            console.print(verdict_table(f"{job.package.distribution} {job.package.version}", records))
-            results += records
+            console.print(verdict_table(f"{name} {job.package.version}", records))
+            results += [(f"{name} {record['id']}", record) for record in records]
         return _conclude(results, console)
     except KeyboardInterrupt:
         again = " without --fresh" if options.fresh else ""
@@ -246,13 +247,13 @@ def _run_job(job: Job, options: argparse.Namespace, root: Path, console: Console
     return [records[claim.id] for claim in job.selected]
 
 
-def _conclude(results: list[dict[str, Any]], console: Console) -> int:
+def _conclude(results: list[tuple[str, dict[str, Any]]], console: Console) -> int:
     """Prints the counts; 1 on a required FAIL or an ERROR, else 0."""
-    counts = Counter(record["verdict"] for record in results)
+    counts = Counter(record["verdict"] for _, record in results)
     console.print(", ".join(f"{counts[verdict]} {verdict}" for verdict in Verdict if counts[verdict]))
     broken = [
-        record["id"]
-        for record in results
+        name
+        for name, record in results
         if record["verdict"] == Verdict.ERROR or (record["verdict"] == Verdict.FAIL and record["required"])
     ]
     if broken:
