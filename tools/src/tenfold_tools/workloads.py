@@ -15,6 +15,7 @@ A model returns logits with the classes last; batches are (inputs, targets).
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -69,12 +70,11 @@ class ByteGPT(nn.Module):
     def __init__(self, config: GPTConfig, generator: torch.Generator) -> None:
         super().__init__()
         self.config = config
-        with torch.device("meta"):  # allocates nothing and draws nothing: the weights come from the generator
+        with _own_initialisation():
             self.tokens = nn.Embedding(config.vocabulary, config.width)
             self.positions = nn.Embedding(config.context, config.width)
             self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.layers))
             self.norm = nn.LayerNorm(config.width, bias=False)
-        self.to_empty(device="cpu")
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 if parameter.ndim == 1:
@@ -137,7 +137,7 @@ class DigitsMLP(nn.Module):
         super().__init__()
         if len(widths) < 2 or min(widths) < 1:
             raise ValueError(f"widths must be at least two numbers >= 1, got {widths!r}")
-        with torch.device("meta"):
+        with _own_initialisation():
             self.layers = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(widths))
         _initialise_uniformly(self, generator)
 
@@ -163,7 +163,7 @@ class DigitsCNN(nn.Module):
         super().__init__()
         if min(channels) < 1:
             raise ValueError(f"channels must be two numbers >= 1, got {channels!r}")
-        with torch.device("meta"):
+        with _own_initialisation():
             self.first = nn.Conv2d(1, channels[0], 3, padding=1)
             self.second = nn.Conv2d(channels[0], channels[1], 3, padding=1)
             self.last = nn.Linear(channels[1] * 4, 10)
@@ -177,8 +177,12 @@ class DigitsCNN(nn.Module):
         return self.last(x.flatten(1))
 
 
+def _own_initialisation() -> AbstractContextManager[None]:
+    """Layers built inside leave the global generator as it was; what they drew from it is overwritten."""
+    return torch.random.fork_rng(devices=[])
+
+
 def _initialise_uniformly(model: nn.Module, generator: torch.Generator) -> None:
-    model.to_empty(device="cpu")
     for layer in model.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
             bound = 1 / math.sqrt(layer.weight[0].numel())
