@@ -187,15 +187,11 @@ def types(session: nox.Session, target: str) -> None:
 @nox.session
 @nox.parametrize("package", PACKAGES, ids=PACKAGES)
 def build(session: nox.Session, package: str) -> None:
-    """Sdist and wheel; the wheel alone is imported in an empty environment, then tested in this one."""
+    """Sdist and wheel; the wheel alone is imported in an empty environment, then tested in a fresh one."""
     session.install(*CONSTRAINTS, "-e", "tools")
     dist = session.create_tmp()
     tool(session, "release", "build", package, "--output", dist)
-    extras = ",".join(workspace.find(package, ROOT).extras)
-    (wheel,) = Path(dist).glob("*.whl")
-    group = f"packages/{package}/pyproject.toml:test"
-    session.install(*CONSTRAINTS, f"{wheel}[{extras}]", "--group", group)
-    run_tests(session, package)
+    tool(session, "release", "test", package, "--dist", dist)
 
 
 @nox.session
