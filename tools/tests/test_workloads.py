@@ -1,4 +1,4 @@
-"""workloads.py: models compute what they should, batches cover the data, training trains, seeds decide all."""
+"""workloads.py: models compute what they should, batches cover the data, training trains, seeds rule."""
 
 import math
 
