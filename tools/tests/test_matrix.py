@@ -75,6 +75,24 @@ def test_on_gpu_the_same_tests_run_and_each_package_adds_its_gpu_session():
     assert found == [*tests, ("gpu", "alpha"), *workshop]
 
 
+def test_slow_adds_the_slow_tests_to_the_tests_rows_only():
+    found = {
+        (row.session.split("-")[0].split("(")[0], row.arguments)
+        for row in matrix.rows([member("a")], slow=True)
+    }
+    assert found == {("tests", "-m not(slow)or(slow)"), ("lowest", ""), ("types", ""), ("build", "")}
+
+
+def test_pytest_takes_the_slow_argument_for_every_test(tmp_path: Path):
+    (tmp_path / "test_two.py").write_text(
+        "import pytest\n\n\n@pytest.mark.slow\ndef test_a(): pass\n\n\ndef test_b(): pass\n"
+    )
+    (row, *_) = matrix.rows([member("a")], slow=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *row.arguments.split(), "."]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "2 passed" in done.stdout
+
+
 def test_an_unknown_runner_is_refused():
     with pytest.raises(ValueError, match="runner must be one of cpu, gpu, got 'tpu'"):
         matrix.rows([member("alpha")], "tpu")

@@ -1,6 +1,6 @@
 """The CI matrix: which nox session runs for which member on which Python, as JSON for GitHub's `fromJSON`.
 
-    python -m tenfold_tools.matrix [--since REVISION | --all] [--runner cpu|gpu]
+    python -m tenfold_tools.matrix [--since REVISION | --all] [--runner cpu|gpu] [--slow]
 
 Standard output is one line, `{"include":[...]}` with one object per row: package, python, session, arguments,
 runner. A terminal also gets a table on standard error. A workflow runs a row with
@@ -10,7 +10,8 @@ runner. A terminal also gets a table on standard error. A workflow runs a row wi
 Rows on CPU: `tests` on every Python that the package supports, `lowest` and `types` on its oldest, `build` on
 its newest. The workshop, named `tools`, is tested and type-checked but has no lower bounds to promise and no
 wheel to build. Rows on GPU: the same `tests`, which there include those marked gpu, and one `gpu` row per
-package. `lint` looks at the whole checkout and is one job outside the matrix.
+package. With --slow the `tests` rows run the tests marked slow as well. `lint` looks at the whole checkout and
+is one job outside the matrix.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from tenfold_tools import workspace
 
 RUNNERS = ("cpu", "gpu")
 """Kinds of machine; a workflow maps them to its runner labels."""
+
+_EVERY_TEST = "-m not(slow)or(slow)"
+# Overrides the marker that `nox -s tests` adds; without blanks, because a workflow splits arguments at them.
 
 
 @dataclass(frozen=True)
@@ -48,19 +52,20 @@ class Row:
     runner: str
 
 
-def rows(members: Iterable[workspace.Package], runner: str = "cpu") -> list[Row]:
+def rows(members: Iterable[workspace.Package], runner: str = "cpu", *, slow: bool = False) -> list[Row]:
     """All CI jobs of these members.
 
     Args:
         members: packages and, where it is to be tested, the workshop.
         runner: one of RUNNERS.
+        slow: whether the tests rows run the tests marked slow as well.
 
     Raises:
         ValueError: if runner is unknown or a member supports no Python that CI knows.
     """
     if runner not in RUNNERS:
         raise ValueError(f"runner must be one of {', '.join(RUNNERS)}, got {runner!r}")
-    return [row for member in members for row in _rows_of(member, runner)]
+    return [row for member in members for row in _rows_of(member, runner, slow)]
 
 
 def to_json(matrix: Sequence[Row]) -> str:
@@ -88,7 +93,7 @@ def main(argv: Sequence[str] | None = None, root: Path | None = None) -> int:
         chosen = workspace.members(top)
         if options.since is not None:
             chosen = workspace.affected(workspace.changed_files(options.since, top), top)
-        matrix = rows(chosen, options.runner)
+        matrix = rows(chosen, options.runner, slow=options.slow)
     except ValueError as error:
         sys.stderr.write(f"matrix: {error}\n")
         return 2
@@ -98,7 +103,7 @@ def main(argv: Sequence[str] | None = None, root: Path | None = None) -> int:
     return 0
 
 
-def _rows_of(member: workspace.Package, runner: str) -> list[Row]:
+def _rows_of(member: workspace.Package, runner: str, slow: bool) -> list[Row]:
     name, pythons = member.name, member.pythons
     if not pythons:
         known = ", ".join(workspace.PYTHONS)
@@ -109,7 +114,8 @@ def _rows_of(member: workspace.Package, runner: str) -> list[Row]:
     def row(python: str, session: str, arguments: str = "") -> Row:
         return Row(name, python, session, arguments, runner)
 
-    matrix = [row(python, f"tests-{python}({name})") for python in pythons]
+    marker = _EVERY_TEST if slow else ""
+    matrix = [row(python, f"tests-{python}({name})", marker) for python in pythons]
     if runner == "gpu":
         return [*matrix, row(newest, "gpu", name)] if published else matrix
     types = row(oldest, f"types({name})")
@@ -130,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--since", metavar="REVISION", help="only what a change since then can break")
     choice.add_argument("--all", action="store_true", help="every package and the workshop (the default)")
+    parser.add_argument("--slow", action="store_true", help="run the tests marked slow as well")
     parser.add_argument("--runner", choices=RUNNERS, default="cpu", help="kind of machine (default: cpu)")
     return parser
 
