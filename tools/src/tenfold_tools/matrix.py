@@ -10,8 +10,8 @@ runner. A terminal also gets a table on standard error. A workflow runs a row wi
 Rows on CPU: `tests` on every Python that the package supports, `lowest` and `types` on its oldest, `build` on
 its newest. The workshop, named `tools`, is tested and type-checked but has no lower bounds to promise and no
 wheel to build. Rows on GPU: the same `tests`, which there include those marked gpu, and one `gpu` row per
-package. With --slow the `tests` rows run the tests marked slow as well. `lint` looks at the whole checkout and
-is one job outside the matrix.
+package. With --slow the `tests` rows run the tests marked slow as well. `lint` looks at the whole checkout
+and is one job outside the matrix.
 """
 
 from __future__ import annotations
