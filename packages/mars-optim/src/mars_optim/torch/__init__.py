@@ -1,0 +1,22 @@
+"""MARS for PyTorch: the optimiser, its functional core, and what belongs to it."""
+
+from .diagnostics import estimator_error
+from .functional import UpdateRule, clip_by_norm, gradient_correction, mars, quasi_hyperbolic
+from .optimizer import MARS
+from .orthogonalize import newton_schulz, orthogonalize, polar
+from .param_groups import GammaScheduler, build_param_groups
+
+__all__ = [
+    "MARS",
+    "GammaScheduler",
+    "UpdateRule",
+    "build_param_groups",
+    "clip_by_norm",
+    "estimator_error",
+    "gradient_correction",
+    "mars",
+    "newton_schulz",
+    "orthogonalize",
+    "polar",
+    "quasi_hyperbolic",
+]

@@ -1,0 +1,460 @@
+"""MARS: a variance-reduced gradient in front of AdamW, Lion, Shampoo, Muon or SGD.
+
+Each step replaces the gradient g_t of a matrix by c_t = g_t + gamma beta1 / (1 - beta1) (g_t - h_t), clips
+it to norm 1 and hands it to the base optimiser. In the approximate form h_t is the previous step's
+gradient, which the optimiser keeps; in the exact form it is the gradient of the current batch at the
+previous parameters, which the caller supplies in one of the four ways of `exact.py`. Vectors and scalars
+get plain AdamW.
+
+The class owns options, state and validation; the mathematics is in `functional.py`.
+
+Source: Yuan et al. 2025 (arXiv 2411.10438); Liu et al. 2025 (arXiv 2510.21800).
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .exact import ExactForm
+from .functional import UpdateRule, gradient_correction, mars, norm_of, working_dtype
+from .options import check_options, path_of, resolved_decay, resolved_ratio, rule_of
+from .orthogonalize import QUINTIC
+from .state import prepare_state, remember_gradient, restore_state
+
+_LARGEST_QUIET_GAMMA = 0.2
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One tensor's part in the step: what moves, along which gradient, corrected against what."""
+
+    param: Tensor
+    grad: Tensor
+    reference: Tensor | None  # None: the gradient needs no correction
+    rule: UpdateRule
+    group: dict[str, Any]
+    corrected: bool  # whether the tensor follows MARS rather than plain AdamW
+
+
+class MARS(ExactForm, torch.optim.Optimizer):
+    """Optimiser of all MARS types, in the approximate (default) and the exact form.
+
+    Every argument except `foreach` and `preset` is a default for the key of the same name in
+    `param_groups`, may differ between groups and is read again at each step, so schedulers may change it.
+
+    Args:
+        params: parameters, named parameters, or param groups. A group may also set `algorithm`: "mars"
+            corrects all its tensors, "adamw" none, None (default) those that are matrices.
+        lr: learning rate eta, >= 0. lr=0 needs lr_1d_ratio.
+        betas: (beta1, beta2), decay of the momentum and of the second moment, in [0, 1).
+        eps: added to the root of the second moment, >= 0.
+        weight_decay: lambda of tensors under MARS, >= 0. None is 0.1 for "mars-m" and 0 for the other types.
+        amsgrad: divide by the running maximum of the second moment.
+        gamma: strength of the correction, >= 0; 0 is the base optimiser, 1 in the exact form is STORM.
+        is_approx: True takes the previous gradient for h_t, False the gradient at the previous parameters.
+        mars_type: "mars-adamw", "mars-lion", "mars-shampoo", "mars-m" or "mars-sgd" (the prefix may be left
+            out).
+        optimize_1d: put vectors and scalars under MARS too, with betas and weight_decay; orthogonalised types
+            treat them as "mars-adamw".
+        lr_1d: learning rate of plain AdamW at the start; only its ratio to lr is kept, so schedules move
+            both. It is absolute: lr=1e-3 alone leaves it at 3e-3, a ratio of 3.
+        betas_1d: betas of plain AdamW.
+        weight_decay_1d: weight decay of plain AdamW. A group that sets weight_decay=0.0 and not this gets 0.
+        clip: largest norm of a corrected gradient, > 0; None does not clip.
+        clip_scope: "tensor" clips each tensor, "global" all tensors under MARS by their common norm.
+        prev_grad_init: "current" takes h_1 = g_1, so c_1 = g_1; "zero" takes h_1 = 0, as the release does.
+        matrix_ndim: ">=2" counts every tensor of two or more dimensions as a matrix, "==2" only those of two.
+        matrix_view: "flatten" orthogonalises (shape[0], the rest); "batch" treats leading dimensions as a
+            batch of matrices, each with its own norm and factor (stacked experts).
+        second_moment: "corrected" averages the squares of the clipped c_t, "grad" those of g_t (SuperAdam).
+        decay_mode: "decoupled" removes eta lambda x, "independent" lambda eta / (eta at construction) x,
+            "cautious" decouples where the step points to zero, "l2" adds lambda x to the gradient.
+        cautious: drop entries of the step that disagree in sign with the gradient (arXiv 2411.16085).
+        orthogonalize: "newton_schulz", "svd", "newton" or "cubic"; see `polar`.
+        ns_steps: Newton-Schulz steps, >= 1.
+        ns_coefficients: coefficients of the Newton-Schulz polynomial.
+        ns_dtype: dtype of Newton-Schulz products; None: bfloat16 on CUDA, float32 on CPU, float64 for
+            float64.
+        scale: factor of orthogonal updates: "none", "sqrt_ratio" (default of mars-shampoo), "rms" (default of
+            mars-m), or a number.
+        memory_efficient: keep no previous gradient; needs clip=None, the approximate form and another type
+            than "mars-adamw". The same trajectory while gamma is constant.
+        state_dtype: dtype of exp_avg and exp_avg_sq; None: that of the parameter, float32 for half precision.
+        prev_grad_dtype: dtype of last_grad; None: that of the gradient.
+        lr_1d_ratio: lr of plain AdamW over lr; None: lr_1d / lr.
+        preset: None, or "official", which sets prev_grad_init="zero", matrix_ndim="==2", bfloat16
+            Newton-Schulz, the AdamW epsilon of the MARS-M release, and lets weight_decay_1d rule every
+            plain-AdamW tensor.
+        foreach: one call per operation and list; None: wherever the tensors are plain, dense and real.
+        maximize: ascend instead of descend.
+
+    Raises:
+        ValueError: for a value outside its range, naming the argument, the rule and the value.
+        TypeError: for a value of the wrong type.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 3e-3,
+        betas: tuple[float, float] = (0.95, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float | None = None,
+        amsgrad: bool = False,
+        gamma: float = 0.025,
+        is_approx: bool = True,
+        mars_type: str = "mars-adamw",
+        optimize_1d: bool = False,
+        lr_1d: float = 3e-3,
+        betas_1d: tuple[float, float] = (0.9, 0.95),
+        weight_decay_1d: float = 0.1,
+        *,
+        clip: float | None = 1.0,
+        clip_scope: str = "tensor",
+        prev_grad_init: str = "current",
+        matrix_ndim: str = ">=2",
+        matrix_view: str = "flatten",
+        second_moment: str = "corrected",
+        decay_mode: str = "decoupled",
+        cautious: bool = False,
+        orthogonalize: str = "newton_schulz",
+        ns_steps: int = 5,
+        ns_coefficients: tuple[float, float, float] = QUINTIC,
+        ns_dtype: torch.dtype | None = None,
+        scale: str | float | None = None,
+        memory_efficient: bool = False,
+        state_dtype: torch.dtype | None = None,
+        prev_grad_dtype: torch.dtype | None = None,
+        lr_1d_ratio: float | None = None,
+        preset: str | None = None,
+        foreach: bool | None = None,
+        maximize: bool = False,
+    ) -> None:
+        if preset not in (None, "official"):
+            raise ValueError(f"preset must be None or 'official', got {preset!r}")
+        if foreach not in (None, True, False):
+            raise TypeError(f"foreach must be None, True or False, got {foreach!r}")
+        if preset == "official":
+            prev_grad_init, matrix_ndim = "zero", "==2"
+            ns_dtype = torch.bfloat16 if ns_dtype is None else ns_dtype
+        self._preset = preset
+        self._foreach = foreach
+        self._default_weight_decay = weight_decay
+        self._warned_of_gamma = False
+        self._last_divisors: list[Tensor] = []
+        self._last_ratios: list[Tensor] | None = None
+        self._forget_references()
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": resolved_decay(weight_decay, mars_type),
+            "amsgrad": amsgrad,
+            "gamma": gamma,
+            "is_approx": is_approx,
+            "mars_type": mars_type,
+            "optimize_1d": optimize_1d,
+            "betas_1d": betas_1d,
+            "weight_decay_1d": weight_decay_1d,
+            "clip": clip,
+            "clip_scope": clip_scope,
+            "prev_grad_init": prev_grad_init,
+            "matrix_ndim": matrix_ndim,
+            "matrix_view": matrix_view,
+            "second_moment": second_moment,
+            "decay_mode": decay_mode,
+            "cautious": cautious,
+            "orthogonalize": orthogonalize,
+            "ns_steps": ns_steps,
+            "ns_coefficients": ns_coefficients,
+            "ns_dtype": ns_dtype,
+            "scale": scale,
+            "memory_efficient": memory_efficient,
+            "state_dtype": state_dtype,
+            "prev_grad_dtype": prev_grad_dtype,
+            "lr_1d_ratio": resolved_ratio(lr, lr_1d, lr_1d_ratio),
+            "maximize": maximize,
+            "algorithm": None,
+        }
+        check_options({**defaults, "construction_lr": lr})
+        super().__init__(params, defaults)
+
+    @classmethod
+    def official(cls, params: Iterable[Any], **options: Any) -> "MARS":
+        """The optimiser with `preset="official"`: the released code's choices, to rounding; same arguments."""
+        return cls(params, preset="official", **options)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; options it leaves out take the constructor's values. See the class for `algorithm`.
+
+        Raises:
+            ValueError: for an option outside its range; nothing is added then.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
+        options = {**self.defaults, **param_group}
+        if "weight_decay" not in param_group:
+            options["weight_decay"] = resolved_decay(self._default_weight_decay, options["mars_type"])
+        if "weight_decay_1d" not in param_group and self._preset != "official":
+            # a group that asks for no decay means all its tensors
+            if param_group.get("weight_decay") == 0:
+                options["weight_decay_1d"] = 0.0
+        if "lr_1d" in param_group and "lr_1d_ratio" not in param_group:
+            options["lr_1d_ratio"] = resolved_ratio(options["lr"], options["lr_1d"], None)
+        options.pop("lr_1d", None)
+        options.setdefault("construction_lr", options["lr"])
+        check_options(options)
+        self._warn_of_gamma(options)
+        super().add_param_group(options)
+
+    @torch.no_grad()
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        prev_grads: Sequence[Tensor | None] | Mapping[Any, Tensor] | None = None,
+    ) -> Any:
+        """Update every parameter that has a gradient, and remember what the next correction needs.
+
+        Args:
+            closure: clears the gradients, computes the loss, calls backward and returns the loss. In the
+                exact form it is called twice, first at the previous parameters, unless h_t is there
+                already.
+            prev_grads: h_t for the exact form, a sequence aligned with the parameters of all groups or a
+                dict from parameters or their names to tensors.
+
+        Returns:
+            The closure's (last) value, or None.
+
+        Raises:
+            RuntimeError: in the exact form after the first step when no h_t was supplied; for sparse
+                gradients.
+            ValueError: if `prev_grads` does not match the parameters.
+        """
+        if prev_grads is not None:
+            self._accept_prev_grads(prev_grads)
+        loss = self._evaluate(closure)
+        if self._reference_overflowed():
+            self._forget_references()
+            return loss
+        tasks = [task for group in self.param_groups for task in self._tasks(group)]
+        self._last_divisors = []
+        self._last_ratios = None if self._last_ratios is None else []
+        norms = self._global_norm(tasks)
+        for bucket in self._buckets(tasks):
+            self._update(bucket, norms)
+        self._after_step({id(task.param) for task in tasks})
+        return loss
+
+    def reset_correction(self) -> None:
+        """Take c_t = g_t at the next step of every parameter: after a jump of the learning rate or the data.
+
+        Raises:
+            RuntimeError: with memory_efficient=True, which keeps no previous gradient to forget.
+        """
+        if any(group["memory_efficient"] for group in self.param_groups):
+            raise RuntimeError(
+                "reset_correction() needs the previous gradient that memory_efficient=True does not keep"
+            )
+        self._forget_references()
+        for state in self.state.values():
+            for name in ("last_grad", "previous_grad", "prev_param"):
+                state.pop(name, None)
+            if "step" in state:
+                state["correction_reset"] = True
+
+    def stats(self) -> dict[str, float]:
+        """Statistics of the last step; reading them waits for the device, not reading them costs nothing.
+
+        Returns:
+            `clipped`: fraction of the corrected gradients that were clipped (0 without clipping or before a
+            step).
+            `correction_ratio`: mean of ||a (g - h)|| / ||g|| over corrected tensors with g != 0. It costs
+            two norms per tensor, so it is measured only from the first call of this method on, and NaN
+            before.
+        """
+        clipped = [d.reshape(-1) > 1 for d in self._last_divisors]
+        ratios = self._last_ratios
+        if ratios is None:
+            self._last_ratios = []
+        values = (
+            torch.stack([r.double().cpu() for r in ratios]) if ratios else torch.empty(0, dtype=torch.float64)
+        )
+        values = values[~values.isnan()]
+        return {
+            "clipped": torch.cat([c.cpu() for c in clipped]).double().mean().item() if clipped else 0.0,
+            "correction_ratio": values.mean().item() if len(values) else float("nan"),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of this optimiser or of the released code.
+
+        Unlike torch's, the state keeps its dtypes (float32 averages of bfloat16 parameters) and shares no
+        memory with `state_dict`. An integer `step` is converted; options that the checkpoint's groups lack
+        keep their present values, with one warning that lists them.
+        """
+        before = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        self._forget_references()
+        missing: set[str] = set()
+        for group, known in zip(self.param_groups, before, strict=True):
+            missing |= known.keys() - group.keys()
+            for name, value in known.items():
+                group.setdefault(name, value)
+        restore_state(self, state_dict)
+        if missing:
+            warnings.warn(
+                f"the state_dict lacks the options {', '.join(sorted(missing))}; they keep their present values",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_preset", "_foreach", "_default_weight_decay", "_warned_of_gamma")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._last_divisors = []
+        self._last_ratios = None
+        self._forget_references()
+
+    def _tasks(self, group: dict[str, Any]) -> Iterator[_Task]:
+        """What this step does with the group; reads everything that can be missing or wrong, changes nothing."""
+        self._warn_of_gamma(group)
+        rules: dict[str, UpdateRule] = {}
+        for param in group["params"]:
+            folded = self._folded_gradient(param)
+            grad = param.grad if folded is None else folded
+            if grad is None:
+                continue
+            if grad.layout != torch.strided:
+                raise RuntimeError(f"MARS needs dense gradients, got one of layout {grad.layout}")
+            path = path_of(param, group)
+            rule = rules.get(path) or rules.setdefault(
+                path, rule_of(group, path, official=self._preset == "official")
+            )
+            corrected = path != "plain"
+            reference = None
+            if corrected and folded is None and not rule.quasi_hyperbolic:
+                reference = self._reference(param, grad, group)
+            yield _Task(param, grad, reference, rule, group, corrected)
+
+    def _reference(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor:
+        """h_t: given (exact form), remembered (approximate form) or, at the first step, by `prev_grad_init`."""
+        state = self.state.get(param, {})
+        if state.get("correction_reset", False):
+            return grad
+        if "step" not in state:
+            return grad if group["prev_grad_init"] == "current" else torch.zeros_like(grad)
+        if group["is_approx"]:
+            return state.get("last_grad", grad)
+        return self._exact_reference(param)
+
+    def _effective(self, task: _Task) -> tuple[Tensor, Tensor | None]:
+        """The pair g, h as the mathematics sees them: signed for maximize, with the L2 term for decay_mode "l2"."""
+        group, grad, reference = task.group, task.grad, task.reference
+        if self._folded_gradient(task.param) is not None:
+            return grad, None
+        g = self._objective_gradient(task.param, grad, task.param, group)
+        if reference is None or task.rule.correction_factor == 0:
+            return g, None
+        if reference is grad:
+            return g, g
+        state = self.state.get(task.param, {})
+        if group["is_approx"] or "step" not in state:
+            return g, reference
+        return g, self._objective_gradient(task.param, reference, state.get("prev_param"), group)
+
+    def _objective_gradient(
+        self, param: Tensor, grad: Tensor, at: Tensor | None, group: dict[str, Any]
+    ) -> Tensor:
+        """Gradient of what is minimised, from the gradient that backward left and the point it was taken at."""
+        if group["maximize"]:
+            grad = -grad
+        if group["decay_mode"] != "l2" or at is None:
+            return grad
+        plain = path_of(param, group) == "plain"
+        dtype = param.dtype if param.is_complex() else working_dtype(param.dtype)
+        return grad.to(dtype).add(at, alpha=group["weight_decay_1d"] if plain else group["weight_decay"])
+
+    def _global_norm(self, tasks: list[_Task]) -> dict[torch.device, Tensor]:
+        """The common norm of all corrected gradients whose groups clip globally, on every device."""
+        squares = []
+        for task in tasks:
+            if task.corrected and task.group["clip_scope"] == "global" and task.rule.clip is not None:
+                g, h = self._effective(task)
+                squares.append(norm_of(_correction(g, h, task.rule, task.param)).square())
+        if not squares:
+            return {}
+        total = torch.stack([s.to(squares[0].device, torch.float64) for s in squares]).sum().sqrt()
+        return {task.param.device: total.to(task.param.device) for task in tasks}
+
+    def _buckets(self, tasks: list[_Task]) -> Iterable[list[_Task]]:
+        """Tasks that one call of `mars` can do together."""
+        buckets: dict[tuple[object, ...], list[_Task]] = {}
+        for task in tasks:
+            param = task.param
+            key = (task.rule, id(task.group), self._foreach_allowed(param), param.dtype, param.device)
+            buckets.setdefault(key, []).append(task)
+        return buckets.values()
+
+    def _update(self, bucket: list[_Task], norms: dict[torch.device, Tensor]) -> None:
+        first = bucket[0]
+        rule, group, param = first.rule, first.group, first.param
+        pairs = [self._effective(task) for task in bucket]
+        grads = [g for g, _ in pairs]
+        references = [g if h is None else h for g, h in pairs]
+        corrects = any(h is not None for _, h in pairs)
+        states = [self.state[task.param] for task in bucket]
+        for state, task, g in zip(states, bucket, grads, strict=True):
+            prepare_state(state, task.param, g, rule, group)
+        norm = None
+        if first.corrected and group["clip_scope"] == "global" and norms:
+            norm = norms[param.device].to(working_dtype(param.dtype))
+        if self._last_ratios is not None and first.corrected and corrects:
+            for g, h in zip(grads, references, strict=True):
+                self._last_ratios.append(rule.correction_factor * norm_of(g - h) / norm_of(g))
+        self._remember_params(bucket[0].group, [task.param for task in bucket])
+        divisors = mars(
+            [task.param for task in bucket],
+            grads,
+            references if corrects else None,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states] if rule.has_second_moment else [],
+            [state["max_exp_avg_sq"] for state in states] if rule.has_second_moment and rule.amsgrad else [],
+            [state["step"] for state in states],
+            rule,
+            foreach=self._foreach_allowed(param),
+            norm=norm,
+        )
+        self._last_divisors += divisors
+        if group["is_approx"] and first.corrected and not rule.quasi_hyperbolic:
+            for state, task, g in zip(states, bucket, grads, strict=True):
+                remember_gradient(state, "last_grad", g, task.param, group)
+
+    def _foreach_allowed(self, param: Tensor) -> bool:
+        """Whether the list backend takes the tensor: plain, real, and not forbidden by the caller."""
+        plain = type(param) in (Tensor, torch.nn.Parameter) and not param.is_complex()
+        return plain and self._foreach is not False
+
+    def _warn_of_gamma(self, group: Mapping[str, Any]) -> None:
+        if self._warned_of_gamma or not (group["is_approx"] and group["gamma"] > _LARGEST_QUIET_GAMMA):
+            return
+        self._warned_of_gamma = True
+        warnings.warn(
+            f"gamma={group['gamma']} with is_approx=True adds noise instead of removing it: only the exact form "
+            f"reduces variance, so keep gamma <= {_LARGEST_QUIET_GAMMA} or set is_approx=False",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def _correction(g: Tensor, h: Tensor | None, rule: UpdateRule, param: Tensor) -> Tensor:
+    dtype = param.dtype if param.is_complex() else working_dtype(param.dtype)
+    g = g.to(dtype)
+    return g if h is None else gradient_correction(g, h.to(dtype), beta1=rule.beta1, gamma=rule.gamma)

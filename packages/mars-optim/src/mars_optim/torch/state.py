@@ -1,0 +1,81 @@
+"""The state of one parameter: what is allocated, in which dtype, and how a checkpoint comes back.
+
+    step            number of steps done, float32 0-d tensor on the CPU
+    exp_avg         momentum m_t (memory_efficient: the plain average of the gradients)
+    exp_avg_sq      second moment v_t, AdamW path only
+    max_exp_avg_sq  its running maximum, with amsgrad
+    last_grad       h for the next step, always owned: a copy, never .grad itself
+    previous_grad   exact form, way 3: recorded for the step after this one
+    prev_param      exact form, ways 1-2 and decay_mode "l2": parameters before the last update
+
+The first five names are those of the released code, so its checkpoints load.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .functional import UpdateRule, working_dtype
+
+
+def prepare_state(
+    state: dict[str, Any], param: Tensor, grad: Tensor, rule: UpdateRule, group: dict[str, Any]
+) -> dict[str, Any]:
+    """Allocate what the rule reads and the state does not have yet; `grad` is the parameter's first gradient."""
+    dtype = _state_dtype(param, group["state_dtype"])
+    if "step" not in state:
+        state["step"] = torch.zeros((), dtype=torch.float32)
+    if "exp_avg" not in state:
+        state["exp_avg"] = torch.zeros_like(param, dtype=dtype)
+        if rule.quasi_hyperbolic and group["prev_grad_init"] == "current":
+            # the start that makes c_1 = g_1; see quasi_hyperbolic
+            state["exp_avg"].copy_(grad).mul_(-rule.gamma / (1 - rule.gamma))
+    if rule.has_second_moment and "exp_avg_sq" not in state:
+        state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)
+    if rule.has_second_moment and rule.amsgrad and "max_exp_avg_sq" not in state:
+        state["max_exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)
+    return state
+
+
+def remember_gradient(
+    state: dict[str, Any], name: str, grad: Tensor, param: Tensor, group: dict[str, Any]
+) -> None:
+    """Copy a gradient into the state, in `prev_grad_dtype` or its own dtype."""
+    own = state.get(name)
+    if own is None or own.shape != grad.shape:
+        dtype = group["prev_grad_dtype"]
+        state[name] = torch.empty_like(
+            param, dtype=grad.dtype if dtype is None or grad.is_complex() else dtype
+        )
+    state[name].copy_(grad)
+
+
+def restore_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """Give every state tensor of a loaded checkpoint its saved dtype and memory of its own."""
+    saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for saved_id, param in zip(saved_ids, params, strict=True):
+        saved = state_dict["state"].get(saved_id)
+        if saved is None:
+            continue
+        state = optimizer.state[param]
+        for name, value in saved.items():
+            if name == "step":
+                state[name] = torch.as_tensor(value, dtype=torch.float32).detach().clone().cpu()
+            elif isinstance(value, Tensor):
+                state[name] = value.detach().to(param.device, copy=True)
+        _drop_promoted_gradient(state)
+
+
+def _drop_promoted_gradient(state: dict[str, Any]) -> None:
+    """The release keeps previous_grad after it has become last_grad; used again it would be a batch too old."""
+    previous, last = state.get("previous_grad"), state.get("last_grad")
+    if previous is not None and last is not None and torch.equal(previous, last):
+        del state["previous_grad"]
+
+
+def _state_dtype(param: Tensor, wanted: torch.dtype | None) -> torch.dtype:
+    if param.is_complex():
+        return param.dtype
+    return working_dtype(param.dtype) if wanted is None else wanted
