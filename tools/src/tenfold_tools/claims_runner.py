@@ -8,6 +8,7 @@ are on disk, so an interrupted run goes on where it was. Exit 1 means a required
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import importlib.util
 import re
@@ -175,10 +176,16 @@ def _load_claims(package: workspace.Package, root: Path) -> tuple[Claim, ...]:
     claims = tuple({id(entry): entry for entry in vars(module).values() if isinstance(entry, Claim)}.values())
     if not claims:
         raise BadRequest(f"{shown} must define at least one @claim, found none")
-    twice = [name for name, count in Counter(claim.id for claim in claims).items() if count > 1]
-    if twice:
-        raise BadRequest(f"ids in {shown} must be unique, found more than once: {', '.join(twice)}")
+    for what, names in (("ids", [claim.id for claim in claims]), ("functions", _function_names(path))):
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        if twice:
+            raise BadRequest(f"{what} in {shown} must be unique, found more than once: {', '.join(twice)}")
     return claims
+
+
+def _function_names(path: Path) -> list[str]:
+    """The file's functions: of two with the same name Python keeps the last, and a claim would be lost."""
+    return [node.name for node in ast.parse(path.read_bytes()).body if isinstance(node, ast.FunctionDef)]
 
 
 def _where(error: BaseException, path: Path) -> str:

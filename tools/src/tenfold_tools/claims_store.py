@@ -31,7 +31,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tenfold_tools.claims import Claim, Measurement, NotRun, Run, Verdict
+from tenfold_tools.claims import Claim, Figure, Measurement, NotRun, Run, Verdict
 from tenfold_tools.workspace import Package
 
 SCHEMA = 1
@@ -304,8 +304,6 @@ def record(
 
 
 def _measured(measurement: Measurement) -> dict[str, Any]:
-    from tenfold_tools.figures import render  # matplotlib behind it: loaded when there is a figure to store
-
     return {
         "numbers": [
             {
@@ -321,9 +319,15 @@ def _measured(measurement: Measurement) -> dict[str, Any]:
         ],
         "criteria": [{"text": c.text, "verdict": str(c.verdict)} for c in measurement.criteria],
         "configurations": _plain(list(measurement.configurations), "configurations"),
-        "figures": [render(figure) for figure in measurement.figures],
+        "figures": [_rendered(figure) for figure in measurement.figures],
         "note": measurement.note,
     }
+
+
+def _rendered(figure: Figure) -> dict[str, str]:
+    from tenfold_tools.figures import render  # matplotlib behind it: loaded when there is a figure to store
+
+    return render(figure)
 
 
 def _plain(value: Any, where: str = "value") -> Any:

@@ -24,7 +24,7 @@ _SHARED = {
     "axes.titlesize": "medium",
     "figure.constrained_layout.use": True,
     "figure.facecolor": "none",
-    "figure.figsize": (6.0, 3.4),  # inches; at phone width the 10 pt text is still readable
+    "figure.figsize": (5.0, 3.1),  # inches; at phone width the 10 pt text is still readable
     "font.size": 10,
     "grid.linewidth": 0.6,
     "legend.frameon": False,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import base64
 import math
+import re
 import shlex
 import sys
 from collections import Counter
@@ -109,6 +110,7 @@ def render(documents: Sequence[Mapping[str, Any]]) -> str:
         "published": published,
         "duration": duration,
         "runs": runs,
+        "minus": _with_minus,
         "data_uri": _data_uri,
         "slug": lambda verdict: str(verdict).lower(),
     }
@@ -166,12 +168,12 @@ def published(number: Mapping[str, Any]) -> str:
 
 
 def _with_minus(text: str) -> str:
-    """A minus sign as wide as a digit, except in an exponent."""
-    return " ".join(f"\N{MINUS SIGN}{word[1:]}" if word.startswith("-") else word for word in text.split(" "))
+    """Negative numbers get a minus sign, which is wider than a hyphen; exponents and ranges keep theirs."""
+    return re.sub(r"(?<![\w.])-(?=[0-9.])", "\N{MINUS SIGN}", text)
 
 
 def duration(seconds: float) -> str:
-    """Under 0.1 s, 0.31 s, 12 s, 3 min 5 s, 2 h 7 min."""
+    """The time in words: under 0.1 s, 0.31 s, 12 s, 3 min 5 s, 2 h 7 min."""
     if seconds < 0.1:
         return "under 0.1 s"
     if seconds < 10:
