@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -89,7 +90,9 @@ def test_pytest_takes_the_slow_argument_for_every_test(tmp_path: Path):
     )
     (row, *_) = matrix.rows([member("a")], slow=True)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *row.arguments.split(), "."]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    # Without other plugins: some import whole frameworks, which this question does not need.
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert "2 passed" in done.stdout
 
 
