@@ -3,6 +3,6 @@
 import jaxtyping
 
 # param_groups annotates with a typing.Protocol, which beartype cannot check at run time
-CHECKED = ("_foreach", "diagnostics", "exact", "functional", "optimizer", "options", "orthogonalize", "state")
+CHECKED = ("_foreach", "diagnostics", "functional", "orthogonalize")
 
 jaxtyping.install_import_hook([f"mars_optim.torch.{name}" for name in CHECKED], "beartype.beartype")

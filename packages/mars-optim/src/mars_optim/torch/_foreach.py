@@ -1,11 +1,13 @@
-"""The step of `functional.mars` with one call per operation and list, for dense lists of one dtype and device.
+"""The step of `functional.mars` by list operations, for dense lists of one dtype and device.
 
 The truth is the loop in `functional.py`; the order of operations on the AdamW path is that of
 torch.optim.AdamW, which makes gamma = 0 with clip=None agree with it bit for bit. Besides the arguments
 there is one list of temporaries: the corrected gradients, whose memory the directions take over.
 """
 
-from collections.abc import Sequence
+# pyright: reportPrivateImportUsage=false
+# torch._foreach_* carry an underscore but are what torch.optim and its users build on
+
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,16 +29,16 @@ if TYPE_CHECKING:
 
 
 def mars_foreach(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    references: Sequence[Tensor] | None,
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
+    params: list[Tensor],
+    grads: list[Tensor],
+    references: list[Tensor] | None,
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
     rule: "UpdateRule",
     norm: Tensor | None,
-) -> Sequence[Tensor]:
+) -> list[Tensor]:
     """See `functional.mars`."""
     if not params:
         return []
@@ -46,19 +48,19 @@ def mars_foreach(
 
     corrected, owned = g, False
     if references is not None:
-        corrected, owned = torch._foreach_sub(g, _working(references, dtype)), True
+        corrected, owned = list(torch._foreach_sub(g, _working(references, dtype))), True
         torch._foreach_mul_(corrected, rule.correction_factor)
         torch._foreach_add_(corrected, g)
-    divisors: Sequence[Tensor] = []
+    divisors: list[Tensor] = []
     if rule.clip is not None:
         divisors = _divisors(corrected, rule.clip, rule.batched, norm)
         if owned:
             torch._foreach_div_(corrected, divisors)
         else:
-            corrected, owned = torch._foreach_div(corrected, divisors), True
+            corrected, owned = list(torch._foreach_div(corrected, divisors)), True
 
     torch._foreach_lerp_(m, corrected, 1 - rule.beta1)
-    momentum = torch._foreach_lerp(m, g, rule.gamma) if rule.quasi_hyperbolic else m
+    momentum = list(torch._foreach_lerp(m, g, rule.gamma)) if rule.quasi_hyperbolic else m
     if rule.has_second_moment:
         v = _second_moments(exp_avg_sqs, max_exp_avg_sqs, g, corrected, rule, dtype)
         denominators = _denominators(v, steps, corrected if owned else None, rule)
@@ -68,7 +70,7 @@ def mars_foreach(
             sizes = [-(rule.lr / (1 - rule.beta1 ** step_number(step))) for step in steps]
             torch._foreach_addcdiv_(x, momentum, denominators, sizes)
         else:
-            directions = torch._foreach_div(momentum, denominators)
+            directions = list(torch._foreach_div(momentum, denominators))
             torch._foreach_div_(directions, [1 - rule.beta1 ** step_number(step) for step in steps])
             _descend(x, g, directions, rule)
     else:
@@ -79,7 +81,7 @@ def mars_foreach(
     return divisors
 
 
-def _divisors(corrected: Sequence[Tensor], clip: float, batched: bool, norm: Tensor | None) -> Sequence[Tensor]:
+def _divisors(corrected: list[Tensor], clip: float, batched: bool, norm: Tensor | None) -> list[Tensor]:
     if norm is not None:
         return [clip_divisor(norm, clip)] * len(corrected)
     if batched and any(c.ndim >= 3 for c in corrected):
@@ -88,13 +90,13 @@ def _divisors(corrected: Sequence[Tensor], clip: float, batched: bool, norm: Ten
 
 
 def _second_moments(
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    corrected: Sequence[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    grads: list[Tensor],
+    corrected: list[Tensor],
     rule: "UpdateRule",
     dtype: torch.dtype,
-) -> Sequence[Tensor]:
+) -> list[Tensor]:
     v = _working(exp_avg_sqs, dtype)
     squared = grads if rule.second_moment == "grad" else corrected
     torch._foreach_mul_(v, rule.beta2)
@@ -109,8 +111,8 @@ def _second_moments(
 
 
 def _denominators(
-    v: Sequence[Tensor], steps: Sequence[Tensor], scratch: Sequence[Tensor] | None, rule: "UpdateRule"
-) -> Sequence[Tensor]:
+    v: list[Tensor], steps: list[Tensor], scratch: list[Tensor] | None, rule: "UpdateRule"
+) -> list[Tensor]:
     """sqrt(v / (1 - beta2^t)) + eps, written over `scratch` when there is one."""
     if scratch is None:
         roots = list(torch._foreach_sqrt(v))
@@ -128,7 +130,7 @@ def _denominators(
     return roots
 
 
-def _directions(momentum: Sequence[Tensor], scratch: Sequence[Tensor] | None, rule: "UpdateRule") -> Sequence[Tensor]:
+def _directions(momentum: list[Tensor], scratch: list[Tensor] | None, rule: "UpdateRule") -> list[Tensor]:
     """The direction of every momentum; a list that may be changed in place if the rule is cautious."""
     if rule.kind in ORTHOGONALISED:
         return orthogonal_directions(momentum, rule)
@@ -142,7 +144,7 @@ def _directions(momentum: Sequence[Tensor], scratch: Sequence[Tensor] | None, ru
     return scratch
 
 
-def _descend(x: Sequence[Tensor], g: Sequence[Tensor], directions: Sequence[Tensor], rule: "UpdateRule") -> None:
+def _descend(x: list[Tensor], g: list[Tensor], directions: list[Tensor], rule: "UpdateRule") -> None:
     if rule.cautious:
         for direction, grad in zip(directions, g, strict=True):
             mask_cautiously_(direction, grad)
@@ -154,10 +156,10 @@ def _descend(x: Sequence[Tensor], g: Sequence[Tensor], directions: Sequence[Tens
     torch._foreach_add_(x, directions, alpha=-rule.lr)
 
 
-def _working(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+def _working(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [tensor.to(dtype) for tensor in tensors]
 
 
-def _write(stored: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+def _write(stored: list[Tensor], values: list[Tensor]) -> None:
     if any(s.dtype != value.dtype for s, value in zip(stored, values, strict=True)):
         torch._foreach_copy_(stored, values)

@@ -13,6 +13,7 @@ h is needed, and all ways give the same trajectory to rounding.
 Source: Yuan et al. 2025 (arXiv 2411.10438), Algorithm 1 and Remark 3.3.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -20,13 +21,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .functional import gradient_correction
+from .functional import gradient_correction, working_dtype
+from .gradients import objective_gradient
 from .options import path_of
 from .state import remember_gradient
 
 _FOUR_WAYS = (
-    "the exact form (is_approx=False) needs the gradient of this batch at the previous parameters; supply it by "
-    "(1) `with opt.at_previous_params(): loss.backward()`, (2) `opt.step(closure)`, "
+    "the exact form (is_approx=False) needs the gradient of this batch at the previous parameters; "
+    "supply it by (1) `with opt.at_previous_params(): loss.backward()`, (2) `opt.step(closure)`, "
     "(3) `opt.record_next_batch_grad()` or `opt.fold()` in the step before, or (4) `opt.step(prev_grads=...)`"
 )
 
@@ -36,11 +38,8 @@ class ExactForm:
 
     if TYPE_CHECKING:
         param_groups: list[dict[str, Any]]
-        state: dict[Tensor, dict[str, Any]]
+        state: defaultdict[Tensor, Any]
 
-        def _objective_gradient(
-            self, param: Tensor, grad: Tensor, at: Tensor | None, group: dict[str, Any]
-        ) -> Tensor: ...
         def _reference(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor: ...
 
     @contextmanager
@@ -52,7 +51,7 @@ class ExactForm:
         update_buffers: bool = False,
         scaler: torch.amp.GradScaler | None = None,
     ) -> Iterator[None]:
-        """Parameters hold x_{t-1} inside; on exit the gradients become h_t and the parameters come back bit for bit.
+        """Parameters hold x_{t-1} inside; on exit the gradients become h_t and the parameters come back.
 
         Works with gradient accumulation, autocast and DDP: whatever backward calls the body makes add up in
         .grad. A tensor without gradient on exit counts as gradient zero. At t = 1 the body runs at x_1 and
@@ -94,13 +93,14 @@ class ExactForm:
             RuntimeError: when no group is exact.
         """
         self._require_exact("record_next_batch_grad()")
-        inverse = 1.0 if scaler is None else 1.0 / scaler.get_scale()
         for group, param in self._exact_params():
             if path_of(param, group) == "plain":
                 continue
             state = self.state.get(param, {})
             if param.grad is not None:
-                remember_gradient(self.state[param], "previous_grad", param.grad * inverse, param, group)
+                remember_gradient(
+                    self.state[param], "previous_grad", _unscaled(param.grad, scaler), param, group
+                )
             elif "step" in state:
                 remember_gradient(state, "previous_grad", torch.zeros_like(param), param, group)
 
@@ -149,12 +149,12 @@ class ExactForm:
 
     def _folding(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> Tensor:
         """The corrected gradient, or the plain one of a tensor that is not corrected."""
-        g = self._objective_gradient(param, grad, param, group)
+        g = objective_gradient(param, grad, param, group)
         reference = grad if path_of(param, group) == "plain" else self._reference(param, grad, group)
         if reference is grad:
             return g
         previous = self.state.get(param, {}).get("prev_param")
-        h = self._objective_gradient(param, reference, previous, group)
+        h = objective_gradient(param, reference, previous, group)
         return gradient_correction(g, h, beta1=group["betas"][0], gamma=group["gamma"])
 
     def _folded_gradient(self, param: Tensor) -> Tensor | None:
@@ -235,8 +235,8 @@ class ExactForm:
             state = self.state.get(param, {})
             if "step" in state and "prev_param" not in state and "correction_reset" not in state:
                 raise RuntimeError(
-                    "no previous parameters are stored, because the step before did not use at_previous_params() "
-                    "or a closure; call reset_correction() to start from the current ones"
+                    "no previous parameters are stored, because the step before used neither "
+                    "at_previous_params() nor a closure; call reset_correction() to start from here"
                 )
         self._forget_references()
         devices = sorted({p.device.index for p in params if p.device.type == "cuda"})
@@ -270,8 +270,7 @@ class ExactForm:
 
     @torch.no_grad()
     def _keep_pending(self, params: list[Tensor], scaler: torch.amp.GradScaler | None) -> None:
-        inverse = 1.0 if scaler is None else 1.0 / scaler.get_scale()
-        pending = {id(p): p.grad * inverse for p in params if p.grad is not None}
+        pending = {id(p): _unscaled(p.grad, scaler) for p in params if p.grad is not None}
         if scaler is not None and pending:
             finite = [torch.isfinite(h).all().cpu() for h in pending.values()]
             self._overflow = ~torch.stack(finite).all()
@@ -282,7 +281,8 @@ class ExactForm:
 
     def _remember_params(self, group: dict[str, Any], params: list[Tensor]) -> None:
         """Copy x_t for the steps that ask for the previous parameters; called just before they change."""
-        if group["is_approx"] or not (self._source == "previous parameters" or group["decay_mode"] == "l2"):
+        for_l2 = group["decay_mode"] == "l2" and not group["is_approx"]
+        if not for_l2 and self._source != "previous parameters":
             for param in params:
                 self.state[param].pop("prev_param", None)
             return
@@ -303,9 +303,9 @@ class ExactForm:
                     state["prev_param"].copy_(param.detach())  # a skipped tensor stood still
                 if group["is_approx"]:
                     continue
-                if id(param) in self._folded and path_of(param, group) != "plain":
+                if self._folded and path_of(param, group) != "plain" and "step" in state:
                     h = torch.zeros_like(param) if param.grad is None else param.grad
-                    state["last_grad"].copy_(h)
+                    remember_gradient(state, "last_grad", h, param, group)
                 elif "previous_grad" in state:
                     state["last_grad"] = state.pop("previous_grad")
                 elif id(param) in updated:
@@ -356,3 +356,11 @@ def _require_like(param: Tensor, value: Tensor, name: str) -> None:
         if wanted != got:
             wanted, got = (tuple(wanted), tuple(got)) if what == "shape" else (wanted, got)
             raise ValueError(f"prev_grads for parameter {name} must have {what} {wanted}, got {got}")
+
+
+def _unscaled(grad: Tensor, scaler: torch.amp.GradScaler | None) -> Tensor:
+    """A copy of the gradient without the scale of the loss, which half precision could not divide by."""
+    if scaler is None:
+        return grad.clone()
+    wide = grad if grad.is_complex() else grad.to(working_dtype(grad.dtype))
+    return wide * (1.0 / scaler.get_scale())

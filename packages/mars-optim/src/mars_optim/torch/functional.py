@@ -32,7 +32,7 @@ _SMALLEST_KEPT_FRACTION = 1e-3
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateRule:
-    """The numbers and choices of one step for one list of tensors; `MARS` builds it from a param group each step.
+    """The numbers and choices of one step for one list of tensors; `MARS` builds it anew each step.
 
     Args:
         kind: direction taken from the momentum: "adamw", "lion", "shampoo", "m" or "sgd".
@@ -104,7 +104,7 @@ def mars(
     *,
     foreach: bool = False,
     norm: Float[Tensor, ""] | None = None,
-) -> Sequence[Tensor]:
+) -> list[Tensor]:
     """One MARS step in place on aligned lists; parameters, averages and `steps` change, gradients do not.
 
     Complex tensors are treated as pairs of reals, except that complex matrices are orthogonalised as such.
@@ -137,7 +137,15 @@ def mars(
         from ._foreach import mars_foreach
 
         return mars_foreach(
-            params, grads, references, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, rule, norm
+            list(params),
+            list(grads),
+            None if references is None else list(references),
+            list(exp_avgs),
+            list(exp_avg_sqs),
+            list(max_exp_avg_sqs),
+            list(steps),
+            rule,
+            norm,
         )
     divisors = []
     for i, param in enumerate(params):
@@ -221,7 +229,7 @@ def quasi_hyperbolic(
 
 
 def norm_of(tensor: Tensor, batched: bool = False, *, paired: bool = False) -> Tensor:
-    """Euclidean norm of a tensor, or of each slice over its last two dimensions if it is batched and has three.
+    """Euclidean norm of a tensor; if batched and of three dimensions, of each slice over the last two.
 
     `paired` says that a complex tensor has been viewed as reals: the last dimension holds the pairs.
     """
@@ -237,13 +245,13 @@ def clip_divisor(norm: Tensor, max_norm: float) -> Tensor:
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The real dtype a parameter's update is computed in: float32 for half precision, else that of its parts."""
+    """The real dtype an update is computed in: float32 for half precision, else that of the parts."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype.to_real()
 
 
-def step_number(step: Tensor) -> float | Tensor:
-    """The value of a step counter: it lives on the CPU, so nothing waits; a tensor while compiling."""
-    return step.double() if torch.compiler.is_compiling() else float(step)
+def step_number(step: Tensor) -> float:
+    """The value of a step counter; it lives on the CPU, so nothing waits for a device."""
+    return float(step)
 
 
 def orthogonal_scale(shape: Sequence[int], scale: str | float) -> float:
@@ -262,7 +270,7 @@ def orthogonal_scale(shape: Sequence[int], scale: str | float) -> float:
     return 0.2 * max(rows, columns) ** 0.5 if scale == "rms" else 1.0
 
 
-def orthogonal_directions(momenta: Sequence[Tensor], rule: UpdateRule) -> Sequence[Tensor]:
+def orthogonal_directions(momenta: Sequence[Tensor], rule: UpdateRule) -> list[Tensor]:
     """Scaled orthogonal factor of every momentum, in the shape of the momentum."""
     views = [m if rule.batched and m.ndim >= 3 else m.reshape(m.shape[0], -1) for m in momenta]
     # the release feeds m / (1 - beta1), which only rescales its eps
@@ -346,7 +354,7 @@ def _mars_single(
     return divisor
 
 
-def _adam_direction(m: Tensor, v: Tensor, t: float | Tensor, rule: UpdateRule) -> Tensor:
+def _adam_direction(m: Tensor, v: Tensor, t: float, rule: UpdateRule) -> Tensor:
     correction1 = 1 - rule.beta1**t
     correction2 = 1 - rule.beta2**t
     if rule.eps_before_correction:

@@ -11,6 +11,7 @@ The class owns options, state and validation; the mathematics is in `functional.
 Source: Yuan et al. 2025 (arXiv 2411.10438); Liu et al. 2025 (arXiv 2510.21800).
 """
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor
 
 from .exact import ExactForm
-from .functional import UpdateRule, gradient_correction, mars, norm_of, working_dtype
+from .functional import UpdateRule, mars, norm_of, working_dtype
+from .gradients import corrected_gradient, objective_gradient
 from .options import check_options, path_of, resolved_decay, resolved_ratio, rule_of
 from .orthogonalize import QUINTIC
 from .state import prepare_state, remember_gradient, restore_state
@@ -185,7 +187,7 @@ class MARS(ExactForm, torch.optim.Optimizer):
 
     @classmethod
     def official(cls, params: Iterable[Any], **options: Any) -> "MARS":
-        """The optimiser with `preset="official"`: the released code's choices, to rounding; same arguments."""
+        """The optimiser with `preset="official"`: what the released code does, to rounding."""
         return cls(params, preset="official", **options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -199,10 +201,9 @@ class MARS(ExactForm, torch.optim.Optimizer):
         options = {**self.defaults, **param_group}
         if "weight_decay" not in param_group:
             options["weight_decay"] = resolved_decay(self._default_weight_decay, options["mars_type"])
-        if "weight_decay_1d" not in param_group and self._preset != "official":
-            # a group that asks for no decay means all its tensors
-            if param_group.get("weight_decay") == 0:
-                options["weight_decay_1d"] = 0.0
+        undecayed = param_group.get("weight_decay") == 0 and self._preset != "official"
+        if undecayed and "weight_decay_1d" not in param_group:
+            options["weight_decay_1d"] = 0.0  # a group that asks for no decay means all its tensors
         if "lr_1d" in param_group and "lr_1d_ratio" not in param_group:
             options["lr_1d_ratio"] = resolved_ratio(options["lr"], options["lr_1d"], None)
         options.pop("lr_1d", None)
@@ -277,17 +278,14 @@ class MARS(ExactForm, torch.optim.Optimizer):
             two norms per tensor, so it is measured only from the first call of this method on, and NaN
             before.
         """
-        clipped = [d.reshape(-1) > 1 for d in self._last_divisors]
-        ratios = self._last_ratios
-        if ratios is None:
+        divisors = [d for divisor in self._last_divisors for d in divisor.flatten().tolist()]
+        ratios = [float(ratio) for ratio in self._last_ratios or []]
+        ratios = [ratio for ratio in ratios if not math.isnan(ratio)]
+        if self._last_ratios is None:
             self._last_ratios = []
-        values = (
-            torch.stack([r.double().cpu() for r in ratios]) if ratios else torch.empty(0, dtype=torch.float64)
-        )
-        values = values[~values.isnan()]
         return {
-            "clipped": torch.cat([c.cpu() for c in clipped]).double().mean().item() if clipped else 0.0,
-            "correction_ratio": values.mean().item() if len(values) else float("nan"),
+            "clipped": sum(d > 1 for d in divisors) / len(divisors) if divisors else 0.0,
+            "correction_ratio": sum(ratios) / len(ratios) if ratios else math.nan,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -308,7 +306,7 @@ class MARS(ExactForm, torch.optim.Optimizer):
         restore_state(self, state_dict)
         if missing:
             warnings.warn(
-                f"the state_dict lacks the options {', '.join(sorted(missing))}; they keep their present values",
+                f"the state_dict lacks the options {', '.join(sorted(missing))}; they keep their values",
                 UserWarning,
                 stacklevel=2,
             )
@@ -324,12 +322,12 @@ class MARS(ExactForm, torch.optim.Optimizer):
         self._forget_references()
 
     def _tasks(self, group: dict[str, Any]) -> Iterator[_Task]:
-        """What this step does with the group; reads everything that can be missing or wrong, changes nothing."""
+        """What this step does with the group. Raises for whatever is missing or wrong; changes nothing."""
         self._warn_of_gamma(group)
         rules: dict[str, UpdateRule] = {}
         for param in group["params"]:
             folded = self._folded_gradient(param)
-            grad = param.grad if folded is None else folded
+            grad = folded if self._folded else param.grad
             if grad is None:
                 continue
             if grad.layout != torch.strided:
@@ -345,7 +343,7 @@ class MARS(ExactForm, torch.optim.Optimizer):
             yield _Task(param, grad, reference, rule, group, corrected)
 
     def _reference(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor:
-        """h_t: given (exact form), remembered (approximate form) or, at the first step, by `prev_grad_init`."""
+        """h_t: given (exact), remembered (approximate) or, at the first step, by `prev_grad_init`."""
         state = self.state.get(param, {})
         if state.get("correction_reset", False):
             return grad
@@ -356,11 +354,11 @@ class MARS(ExactForm, torch.optim.Optimizer):
         return self._exact_reference(param)
 
     def _effective(self, task: _Task) -> tuple[Tensor, Tensor | None]:
-        """The pair g, h as the mathematics sees them: signed for maximize, with the L2 term for decay_mode "l2"."""
+        """The pair g, h as the mathematics sees them; h is None where nothing is corrected."""
         group, grad, reference = task.group, task.grad, task.reference
-        if self._folded_gradient(task.param) is not None:
+        if self._folded:
             return grad, None
-        g = self._objective_gradient(task.param, grad, task.param, group)
+        g = objective_gradient(task.param, grad, task.param, group)
         if reference is None or task.rule.correction_factor == 0:
             return g, None
         if reference is grad:
@@ -368,19 +366,7 @@ class MARS(ExactForm, torch.optim.Optimizer):
         state = self.state.get(task.param, {})
         if group["is_approx"] or "step" not in state:
             return g, reference
-        return g, self._objective_gradient(task.param, reference, state.get("prev_param"), group)
-
-    def _objective_gradient(
-        self, param: Tensor, grad: Tensor, at: Tensor | None, group: dict[str, Any]
-    ) -> Tensor:
-        """Gradient of what is minimised, from the gradient that backward left and the point it was taken at."""
-        if group["maximize"]:
-            grad = -grad
-        if group["decay_mode"] != "l2" or at is None:
-            return grad
-        plain = path_of(param, group) == "plain"
-        dtype = param.dtype if param.is_complex() else working_dtype(param.dtype)
-        return grad.to(dtype).add(at, alpha=group["weight_decay_1d"] if plain else group["weight_decay"])
+        return g, objective_gradient(task.param, reference, state.get("prev_param"), group)
 
     def _global_norm(self, tasks: list[_Task]) -> dict[torch.device, Tensor]:
         """The common norm of all corrected gradients whose groups clip globally, on every device."""
@@ -388,7 +374,7 @@ class MARS(ExactForm, torch.optim.Optimizer):
         for task in tasks:
             if task.corrected and task.group["clip_scope"] == "global" and task.rule.clip is not None:
                 g, h = self._effective(task)
-                squares.append(norm_of(_correction(g, h, task.rule, task.param)).square())
+                squares.append(norm_of(corrected_gradient(task.param, g, h, task.rule)).square())
         if not squares:
             return {}
         total = torch.stack([s.to(squares[0].device, torch.float64) for s in squares]).sum().sqrt()
@@ -408,29 +394,26 @@ class MARS(ExactForm, torch.optim.Optimizer):
         rule, group, param = first.rule, first.group, first.param
         pairs = [self._effective(task) for task in bucket]
         grads = [g for g, _ in pairs]
-        references = [g if h is None else h for g, h in pairs]
-        corrects = any(h is not None for _, h in pairs)
+        references = [h for _, h in pairs if h is not None]
         states = [self.state[task.param] for task in bucket]
         for state, task, g in zip(states, bucket, grads, strict=True):
             prepare_state(state, task.param, g, rule, group)
-        norm = None
-        if first.corrected and group["clip_scope"] == "global" and norms:
-            norm = norms[param.device].to(working_dtype(param.dtype))
-        if self._last_ratios is not None and first.corrected and corrects:
-            for g, h in zip(grads, references, strict=True):
+        norm = norms.get(param.device) if group["clip_scope"] == "global" else None
+        if self._last_ratios is not None:
+            for g, h in zip(grads, references, strict=False):
                 self._last_ratios.append(rule.correction_factor * norm_of(g - h) / norm_of(g))
-        self._remember_params(bucket[0].group, [task.param for task in bucket])
+        self._remember_params(group, [task.param for task in bucket])
         divisors = mars(
             [task.param for task in bucket],
             grads,
-            references if corrects else None,
+            references or None,
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states] if rule.has_second_moment else [],
             [state["max_exp_avg_sq"] for state in states] if rule.has_second_moment and rule.amsgrad else [],
             [state["step"] for state in states],
             rule,
             foreach=self._foreach_allowed(param),
-            norm=norm,
+            norm=None if norm is None else norm.to(working_dtype(param.dtype)),
         )
         self._last_divisors += divisors
         if group["is_approx"] and first.corrected and not rule.quasi_hyperbolic:
@@ -447,14 +430,8 @@ class MARS(ExactForm, torch.optim.Optimizer):
             return
         self._warned_of_gamma = True
         warnings.warn(
-            f"gamma={group['gamma']} with is_approx=True adds noise instead of removing it: only the exact form "
+            f"gamma={group['gamma']} with is_approx=True adds noise; only the exact form "
             f"reduces variance, so keep gamma <= {_LARGEST_QUIET_GAMMA} or set is_approx=False",
             UserWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
-
-
-def _correction(g: Tensor, h: Tensor | None, rule: UpdateRule, param: Tensor) -> Tensor:
-    dtype = param.dtype if param.is_complex() else working_dtype(param.dtype)
-    g = g.to(dtype)
-    return g if h is None else gradient_correction(g, h.to(dtype), beta1=rule.beta1, gamma=rule.gamma)

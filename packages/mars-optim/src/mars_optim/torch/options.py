@@ -7,7 +7,7 @@ into the numbers of this step; both read the group anew each time, so schedulers
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ def rule_of(group: Mapping[str, Any], path: str, *, official: bool) -> UpdateRul
     if mode == "independent":
         decay = weight_decay * group["lr"] / group["construction_lr"]
     rule = UpdateRule(
-        kind="adamw" if plain else path,
+        kind="adamw" if plain else cast(Kind, path),
         lr=float(lr),
         beta1=float(beta1),
         beta2=float(beta2),
@@ -204,7 +204,7 @@ def _check_combinations(group: Mapping[str, Any]) -> None:
         return
     if KINDS[group["mars_type"]] == "adamw":
         raise ValueError(
-            "memory_efficient=True needs a mars_type whose step is linear in the gradients up to the direction "
+            "memory_efficient=True needs a mars_type without second moment "
             f"('mars-lion', 'mars-shampoo', 'mars-m', 'mars-sgd'), got {group['mars_type']!r}"
         )
     if group["clip"] is not None:

@@ -22,7 +22,7 @@ from .functional import UpdateRule, working_dtype
 def prepare_state(
     state: dict[str, Any], param: Tensor, grad: Tensor, rule: UpdateRule, group: dict[str, Any]
 ) -> dict[str, Any]:
-    """Allocate what the rule reads and the state does not have yet; `grad` is the parameter's first gradient."""
+    """Allocate what the rule reads and the state lacks; `grad` is the gradient of this step."""
     dtype = _state_dtype(param, group["state_dtype"])
     if "step" not in state:
         state["step"] = torch.zeros((), dtype=torch.float32)
@@ -69,7 +69,7 @@ def restore_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) 
 
 
 def _drop_promoted_gradient(state: dict[str, Any]) -> None:
-    """The release keeps previous_grad after it has become last_grad; used again it would be a batch too old."""
+    """The release keeps previous_grad after it became last_grad; used again it would be a batch late."""
     previous, last = state.get("previous_grad"), state.get("last_grad")
     if previous is not None and last is not None and torch.equal(previous, last):
         del state["previous_grad"]
