@@ -165,14 +165,19 @@ def test_a_measurement_of_anything_but_numbers_is_refused():
 @pytest.mark.parametrize(
     ("number", "text"),
     [
-        (Number("x", 0.070241, 0.0501, 0.0903, unit="nats"), "x: 0.07024 [0.0501, 0.0903] nats"),
+        (Number("x", 0.070241, 0.0501, 0.0903, unit="nats"), "x: 0.070 [0.050, 0.090] nats"),
         (Number("x", 36864), "x: 36864"),
         (Number("x", 0.15, -math.inf, math.inf), "x: 0.15 (no interval)"),
         (Number("x", math.nan), "x: nan"),
     ],
 )
 def test_a_number_reads_as_value_interval_unit(number, text):
-    assert str(number) == text
+    assert number.text() == text
+
+
+def test_a_criterion_never_shows_a_number_as_the_threshold_that_it_missed():
+    assert below(Number("x", 1 - 1e-9), 1).text == "x: 0.999999999 < 1"
+    assert below(Number("x", 0.3, 0.2, 0.39999), 0.4).text == "x: 0.30000 [0.20000, 0.39999] < 0.4"
 
 
 def make_claim(**changes) -> Claim:

@@ -28,6 +28,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from tenfold_tools.wording import interval, short
+
 if TYPE_CHECKING:
     import matplotlib.figure
 
@@ -145,19 +147,18 @@ class Number:
         """Whether value and interval are all finite: only then can a criterion PASS."""
         return all(map(math.isfinite, (self.value, self.low, self.high)))
 
-    def __str__(self) -> str:
-        """`name: 0.0702 [0.0501, 0.0903] unit`, without the interval where no chance is involved."""
-        text = f"{self.name}: {short(self.value)}"
-        if self.bounded and self.low != self.high:
-            text += f" [{short(self.low)}, {short(self.high)}]"
-        elif math.isfinite(self.value) and not self.bounded:
-            text += " (no interval)"
-        return f"{text} {self.unit}".rstrip()
+    def text(self, *thresholds: float) -> str:
+        """`name: 0.070 [0.050, 0.090] unit`, without the interval where no chance is involved.
 
-
-def short(value: float) -> str:
-    """The number to 4 digits; whole thousands are written out (36864, not 3.686e+04)."""
-    return f"{value:.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.4g}"
+        Args:
+            thresholds: what it is compared with; rounding does not make it look equal to one.
+        """
+        if self.bounded:
+            value, low, high = interval(self.value, self.low, self.high, thresholds)
+            shown = value if self.low == self.high else f"{value} [{low}, {high}]"
+        else:
+            shown = short(self.value) + (" (no interval)" if math.isfinite(self.value) else "")
+        return f"{self.name}: {shown} {self.unit}".rstrip()
 
 
 # ---------------------------------------------------------------------------------------------- criteria
@@ -193,13 +194,13 @@ def _finite(name: str, value: float) -> float:
 def below(number: Number, threshold: float) -> Criterion:
     """PASS if the whole interval is below the threshold, FAIL if none of it is."""
     t = _finite("threshold", threshold)
-    return _decide(number, f"{number} < {t:g}", passes=number.high < t, fails=number.low >= t)
+    return _decide(number, f"{number.text(t)} < {t:g}", passes=number.high < t, fails=number.low >= t)
 
 
 def above(number: Number, threshold: float) -> Criterion:
     """PASS if the whole interval is above the threshold, FAIL if none of it is."""
     t = _finite("threshold", threshold)
-    return _decide(number, f"{number} > {t:g}", passes=number.low > t, fails=number.high <= t)
+    return _decide(number, f"{number.text(t)} > {t:g}", passes=number.low > t, fails=number.high <= t)
 
 
 def within(number: Number, low: float, high: float) -> Criterion:
@@ -209,7 +210,7 @@ def within(number: Number, low: float, high: float) -> Criterion:
         raise ValueError(f"within needs low <= high, got {low!r} and {high!r}")
     passes = low <= number.low and number.high <= high
     fails = number.high < low or number.low > high
-    return _decide(number, f"{number} in [{low:g}, {high:g}]", passes=passes, fails=fails)
+    return _decide(number, f"{number.text(low, high)} in [{low:g}, {high:g}]", passes=passes, fails=fails)
 
 
 def not_above(number: Number, threshold: float) -> Criterion:
@@ -218,7 +219,7 @@ def not_above(number: Number, threshold: float) -> Criterion:
     An unbounded interval (fewer than 3 seeds) reaches below anything and shows nothing: INCONCLUSIVE.
     """
     t = _finite("threshold", threshold)
-    text = f"{number} not significantly above {t:g}"
+    text = f"{number.text(t)} not significantly above {t:g}"
     return _decide(number, text, passes=number.low <= t, fails=number.low > t)
 
 

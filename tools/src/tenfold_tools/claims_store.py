@@ -41,12 +41,14 @@ LIBRARIES = ("numpy", "scipy", "scikit-learn", "torch", "triton", "jax", "jaxlib
 
 # The workshop's modules that cannot change a measured number. Any other one, also a new one, counts.
 _BYSTANDERS = {
+    "claims_console.py",
     "claims_runner.py",
     "claims_store.py",
     "figures.py",
     "matrix.py",
     "release.py",
     "report.py",
+    "wording.py",
     "workspace.py",
 }
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import math
 import re
 import shlex
 import sys
@@ -23,7 +22,8 @@ from typing import Any, NoReturn
 import jinja2
 
 from tenfold_tools import claims_store as store
-from tenfold_tools.claims import Verdict, short
+from tenfold_tools.claims import Verdict
+from tenfold_tools.wording import duration, interval, joined, short
 
 _MEANINGS = {
     Verdict.PASS: "every criterion holds on the whole 95 % interval",
@@ -109,7 +109,7 @@ def render(documents: Sequence[Mapping[str, Any]]) -> str:
         "measured": measured,
         "published": published,
         "duration": duration,
-        "runs": runs,
+        "joined": joined,
         "minus": _with_minus,
         "data_uri": _data_uri,
         "slug": lambda verdict: str(verdict).lower(),
@@ -136,27 +136,14 @@ def _counts(records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 
 
 def measured(number: Mapping[str, Any]) -> tuple[str, str]:
-    """Value and interval as text, to the digits that the interval supports (two of its half width).
-
-    Returns:
-        ("0.074", "0.064 to 0.084"); the second is "" for an exact number.
-    """
+    """Value and interval as text: ("0.074", "0.064 to 0.084"); the second is "" for an exact number."""
     value, low, high = number["value"], number["low"], number["high"]
     if value is None:
         return "not finite", ""
-    if number["exact"]:
-        return _with_minus(short(value)), ""
     if low is None or high is None:
         return _with_minus(short(value)), "no interval"
-    style = _decimals((high - low) / 2, max(abs(low), abs(high)))
-    return _with_minus(format(value, style)), _with_minus(f"{low:{style}} to {high:{style}}")
-
-
-def _decimals(half_width: float, largest: float) -> str:
-    """The format of numbers with this uncertainty: fixed decimals, or 4 digits where fixed ones get long."""
-    if half_width <= 0 or half_width < 1e-6 or largest >= 1e6:
-        return ".4g"
-    return f".{max(0, 1 - math.floor(math.log10(half_width)))}f"
+    shown, start, end = map(_with_minus, interval(value, low, high))
+    return shown, "" if number["exact"] else f"{start} to {end}"
 
 
 def published(number: Mapping[str, Any]) -> str:
@@ -170,31 +157,6 @@ def published(number: Mapping[str, Any]) -> str:
 def _with_minus(text: str) -> str:
     """Negative numbers get a minus sign, which is wider than a hyphen; exponents and ranges keep theirs."""
     return re.sub(r"(?<![\w.])-(?=[0-9.])", "\N{MINUS SIGN}", text)
-
-
-def duration(seconds: float) -> str:
-    """The time in words: under 0.1 s, 0.31 s, 12 s, 3 min 5 s, 2 h 7 min."""
-    if seconds < 0.1:
-        return "under 0.1 s"
-    if seconds < 10:
-        return f"{seconds:.2g} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def runs(seeds: Sequence[int]) -> str:
-    """Seeds with neighbours joined: 0 to 4, 20, 22."""
-    groups: list[list[int]] = []
-    for seed in seeds:
-        if groups and seed == groups[-1][-1] + 1:
-            groups[-1].append(seed)
-        else:
-            groups.append([seed])
-    return ", ".join(f"{g[0]} to {g[-1]}" if len(g) > 1 else str(g[0]) for g in groups)
 
 
 def rerun(package: str, record: Mapping[str, Any]) -> str:
