@@ -204,7 +204,8 @@ def _context(preloaded: bool) -> SpawnContext | ForkServerContext:
     if not preloaded or sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", __name__])
+    # The first optimiser step or DDP of a process imports torch._dynamo, which takes as long as torch itself.
+    context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", __name__])
     return context
 
 
