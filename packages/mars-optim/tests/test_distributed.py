@@ -26,8 +26,12 @@ def batches():
         yield images, torch.randint(3, (BATCH,), generator=generator)
 
 
-def train(model, mars_type, is_approx, share):
-    """Parameters after a few steps on one process's share of every batch."""
+def train(model, mars_type, is_approx, share, *, fresh_gradients):
+    """Parameters after a few steps on one process's share of every batch.
+
+    With fresh_gradients False they stay in the same memory, which with DDP's gradient_as_bucket_view is its
+    communication buckets: each backward pass overwrites what an optimiser should have copied.
+    """
     optimizer = MARS(
         model.parameters(),
         lr=LEARNING_RATE[mars_type],
@@ -41,13 +45,11 @@ def train(model, mars_type, is_approx, share):
         def backward(images=images[share], labels=labels[share]):
             nn.functional.cross_entropy(model(images), labels).backward()
 
-        # Zeros instead of None: with gradient_as_bucket_view the gradients stay in DDP's buckets, which the
-        # next backward pass overwrites.
-        optimizer.zero_grad(set_to_none=False)
+        optimizer.zero_grad(set_to_none=fresh_gradients)
         if not is_approx:
             with optimizer.at_previous_params():
                 backward()
-            optimizer.zero_grad(set_to_none=False)
+            optimizer.zero_grad(set_to_none=fresh_gradients)
         backward()
         optimizer.step()
     return [parameter.detach() for parameter in model.parameters()]
@@ -55,12 +57,11 @@ def train(model, mars_type, is_approx, share):
 
 def train_on_one_of_two(rank, world_size, is_approx):
     share = slice(rank, BATCH, world_size)
-    return {
-        mars_type: train(
-            DistributedDataParallel(network(), gradient_as_bucket_view=True), mars_type, is_approx, share
-        )
-        for mars_type in LEARNING_RATE
-    }
+    trained = {}
+    for mars_type in LEARNING_RATE:
+        model = DistributedDataParallel(network(), gradient_as_bucket_view=True)
+        trained[mars_type] = train(model, mars_type, is_approx, share, fresh_gradients=False)
+    return trained
 
 
 @pytest.mark.parametrize("is_approx", [True, False], ids=["approximate", "exact"])
@@ -69,7 +70,7 @@ def test_two_processes_equal_one_on_the_whole_batch_for_every_type(run_distribut
     first, second = run_distributed(train_on_one_of_two, 2, is_approx, timeout=150)
     start = [parameter.detach() for parameter in network().parameters()]
     for mars_type in LEARNING_RATE:
-        whole = train(network(), mars_type, is_approx, slice(0, BATCH))
+        whole = train(network(), mars_type, is_approx, slice(0, BATCH), fresh_gradients=True)
         for before, expected, one, other in zip(
             start, whole, first[mars_type], second[mars_type], strict=True
         ):
