@@ -177,7 +177,7 @@ def test_a_number_reads_as_value_interval_unit(number, text):
 
 def test_a_criterion_never_shows_a_number_as_the_threshold_that_it_missed():
     assert below(Number("x", 1 - 1e-9), 1).text == "x: 0.999999999 < 1"
-    assert below(Number("x", 0.3, 0.2, 0.39999), 0.4).text == "x: 0.30000 [0.20000, 0.39999] < 0.4"
+    assert below(Number("x", 0.3, 0.2, 0.39999), 0.4).text == "x: 0.300 [0.200, 0.39999] < 0.4"
 
 
 def make_claim(**changes) -> Claim:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tenfold_tools.wording import duration, interval, joined, short
@@ -33,14 +33,14 @@ def test_an_interval_has_two_digits_of_its_half_width(value, low, high, texts):
     assert interval(value, low, high) == texts
 
 
-@given(st.tuples(finite, finite, finite).map(sorted), st.data())
-def test_no_number_is_rounded_onto_a_threshold_that_it_missed(ordered, data):
+@example([0.0, 3e-225, 1.0], (0.0,), 0)
+@example([0.2, 0.3, 0.39999], (0.4,), 0)
+@given(st.tuples(finite, finite, finite).map(sorted), st.tuples(finite), st.integers(0, 2))
+def test_no_number_is_rounded_onto_a_threshold_that_it_missed(ordered, others, rounded):
     low, value, high = ordered
-    near = st.sampled_from([float(text) for text in interval(value, low, high)])
-    thresholds = data.draw(st.lists(st.one_of(finite, near), max_size=2))
+    thresholds = (*others, float(interval(value, low, high)[rounded]))  # also one that a rounded number meets
     for number, text in zip((value, low, high), interval(value, low, high, thresholds), strict=True):
-        for threshold in thresholds:
-            assert number == threshold or float(text) != threshold
+        assert number in thresholds or float(text) not in thresholds
 
 
 @pytest.mark.parametrize(

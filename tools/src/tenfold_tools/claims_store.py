@@ -230,8 +230,8 @@ def _environment(device: str) -> dict[str, Any]:
 
 def _accelerator(device: str) -> str | None:
     torch = sys.modules.get("torch")
-    if device == "cpu" or torch is None:
-        return None
+    if device == "cpu" or torch is None or not torch.cuda.is_available():
+        return None  # jax names its devices no better than `device` does
     return torch.cuda.get_device_name(device)
 
 

@@ -5,48 +5,43 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-_MOST_EXTRA_DIGITS = 13  # 4 + 13 digits tell any two float64 apart
 
-
-def short(value: float, extra: int = 0) -> str:
-    """The number to 4 digits; thousands are written out (36864, not 3.686e+04).
-
-    Args:
-        value: any float.
-        extra: further digits, >= 0.
-    """
-    return f"{value:.{extra}f}" if 1000 <= abs(value) < 1e7 else f"{value:.{4 + extra}g}"
+def short(value: float) -> str:
+    """The number to 4 digits; thousands are written out (36864, not 3.686e+04)."""
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.4g}"
 
 
 def interval(value: float, low: float, high: float, thresholds: Sequence[float] = ()) -> tuple[str, str, str]:
     """Value and ends of a finite interval, with two digits of its half width; without width, to 4 digits.
 
-    A rounded number must not read like the threshold that it missed ("1 < 1"): it gets more digits then.
-
     Args:
         value: the estimate.
         low: lower end, <= value.
         high: upper end, >= value.
-        thresholds: what the three numbers are compared with.
+        thresholds: what the three numbers are compared with. A rounded number must not read like a threshold
+            that it missed ("1 < 1"): it gets more digits then.
     """
-    numbers = (value, low, high)
-    texts = ("", "", "")
-    for extra in range(_MOST_EXTRA_DIGITS + 1):
-        first, second, third = (_text(number, low, high, extra) for number in numbers)
-        texts = (first, second, third)
-        pairs = [(number, float(text)) for number, text in zip(numbers, texts, strict=True)]
-        if not any(seen == t != number for number, seen in pairs for t in thresholds):
-            break
-    return texts
+    first, second, third = (
+        _apart(number, _rounded(number, low, high), thresholds) for number in (value, low, high)
+    )
+    return first, second, third
 
 
-def _text(number: float, low: float, high: float, extra: int) -> str:
+def _rounded(number: float, low: float, high: float) -> str:
     half_width = (high - low) / 2
     if half_width == 0:
-        return short(number, extra)
+        return short(number)
     if not 1e-6 <= half_width < math.inf or max(abs(low), abs(high)) >= 1e6:
-        return f"{number:.{4 + extra}g}"
-    return f"{number:.{max(0, 1 - math.floor(math.log10(half_width))) + extra}f}"
+        return f"{number:.4g}"
+    return f"{number:.{max(0, 1 - math.floor(math.log10(half_width)))}f}"
+
+
+def _apart(number: float, text: str, thresholds: Sequence[float]) -> str:
+    for digits in range(4, 18):  # 17 digits tell any two float64 apart
+        if not any(float(text) == threshold != number for threshold in thresholds):
+            break
+        text = f"{number:.{digits}g}"
+    return text
 
 
 def duration(seconds: float) -> str:
