@@ -1,8 +1,7 @@
-"""Turns on the runtime check of the shape and type annotations of `mars_optim.torch`, before it is imported."""
+"""Turns on the runtime check of the annotations of `mars_optim.torch` where shapes occur, before its import."""
 
 import jaxtyping
 
-# param_groups annotates with a typing.Protocol, which beartype cannot check at run time
-CHECKED = ("_foreach", "diagnostics", "functional", "orthogonalize")
+CHECKED = ("correction", "diagnostics", "functional", "orthogonalize")
 
 jaxtyping.install_import_hook([f"mars_optim.torch.{name}" for name in CHECKED], "beartype.beartype")

@@ -38,7 +38,13 @@ ORTHOGONALISERS = {
     "other Newton-Schulz": {"ns_steps": 7, "ns_coefficients": (1.9, -1.3, 0.4)},
 }
 CASES = [
-    *((t, a, clip, FULLY_CROSSED, o) for t in TYPES for a in (True, False) for clip in CLIPS for o in FULLY_CROSSED),
+    *(
+        (t, a, clip, FULLY_CROSSED, o)
+        for t in TYPES
+        for a in (True, False)
+        for clip in CLIPS
+        for o in FULLY_CROSSED
+    ),
     *((t, a, "mixed", OTHERS, o) for t in TYPES for a in (True, False) for o in OTHERS),
     *((t, True, "mixed", ORTHOGONALISERS, o) for t in ("shampoo", "m") for o in ORTHOGONALISERS),
 ]

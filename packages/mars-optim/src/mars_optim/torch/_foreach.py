@@ -1,6 +1,6 @@
 """The step of `functional.mars` by list operations, for dense lists of one dtype and device.
 
-The truth is the loop in `functional.py`; the order of operations on the AdamW path is that of
+The truth is `_loop.py`; the order of operations on the AdamW path is that of
 torch.optim.AdamW, which makes gamma = 0 with clip=None agree with it bit for bit. Besides the arguments
 there is one list of temporaries: the corrected gradients, whose memory the directions take over.
 """
@@ -8,24 +8,12 @@ there is one list of temporaries: the corrected gradients, whose memory the dire
 # pyright: reportPrivateImportUsage=false
 # torch._foreach_* carry an underscore but are what torch.optim and its users build on
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from .functional import (
-    ORTHOGONALISED,
-    clip_divisor,
-    decay_,
-    mask_cautiously_,
-    norm_of,
-    orthogonal_directions,
-    step_number,
-    working_dtype,
-)
-
-if TYPE_CHECKING:
-    from .functional import UpdateRule
+from .correction import clip_divisor, norm_of, working_dtype
+from .directions import decay_, mask_cautiously_, orthogonal_directions, step_number
+from .rule import ORTHOGONALISED, UpdateRule
 
 
 def mars_foreach(
@@ -36,7 +24,7 @@ def mars_foreach(
     exp_avg_sqs: list[Tensor],
     max_exp_avg_sqs: list[Tensor],
     steps: list[Tensor],
-    rule: "UpdateRule",
+    rule: UpdateRule,
     norm: Tensor | None,
 ) -> list[Tensor]:
     """See `functional.mars`."""
@@ -94,7 +82,7 @@ def _second_moments(
     max_exp_avg_sqs: list[Tensor],
     grads: list[Tensor],
     corrected: list[Tensor],
-    rule: "UpdateRule",
+    rule: UpdateRule,
     dtype: torch.dtype,
 ) -> list[Tensor]:
     v = _working(exp_avg_sqs, dtype)
@@ -111,7 +99,7 @@ def _second_moments(
 
 
 def _denominators(
-    v: list[Tensor], steps: list[Tensor], scratch: list[Tensor] | None, rule: "UpdateRule"
+    v: list[Tensor], steps: list[Tensor], scratch: list[Tensor] | None, rule: UpdateRule
 ) -> list[Tensor]:
     """sqrt(v / (1 - beta2^t)) + eps, written over `scratch` when there is one."""
     if scratch is None:
@@ -130,7 +118,7 @@ def _denominators(
     return roots
 
 
-def _directions(momentum: list[Tensor], scratch: list[Tensor] | None, rule: "UpdateRule") -> list[Tensor]:
+def _directions(momentum: list[Tensor], scratch: list[Tensor] | None, rule: UpdateRule) -> list[Tensor]:
     """The direction of every momentum; a list that may be changed in place if the rule is cautious."""
     if rule.kind in ORTHOGONALISED:
         return orthogonal_directions(momentum, rule)
@@ -144,7 +132,7 @@ def _directions(momentum: list[Tensor], scratch: list[Tensor] | None, rule: "Upd
     return scratch
 
 
-def _descend(x: list[Tensor], g: list[Tensor], directions: list[Tensor], rule: "UpdateRule") -> None:
+def _descend(x: list[Tensor], g: list[Tensor], directions: list[Tensor], rule: UpdateRule) -> None:
     if rule.cautious:
         for direction, grad in zip(directions, g, strict=True):
             mask_cautiously_(direction, grad)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .functional import gradient_correction, working_dtype
+from .correction import gradient_correction, working_dtype
 from .gradients import objective_gradient
 from .options import path_of
 from .state import remember_gradient

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .functional import UpdateRule, gradient_correction, working_dtype
+from .correction import gradient_correction, working_dtype
 from .options import path_of
+from .rule import UpdateRule
 
 
 def objective_gradient(param: Tensor, grad: Tensor, at: Tensor | None, group: Mapping[str, Any]) -> Tensor:

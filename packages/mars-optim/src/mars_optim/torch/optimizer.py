@@ -20,11 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .correction import norm_of, working_dtype
 from .exact import ExactForm
-from .functional import UpdateRule, mars, norm_of, working_dtype
+from .functional import mars
 from .gradients import corrected_gradient, objective_gradient
 from .options import check_options, path_of, resolved_decay, resolved_ratio, rule_of
 from .orthogonalize import QUINTIC
+from .rule import UpdateRule
 from .state import prepare_state, remember_gradient, restore_state
 
 _LARGEST_QUIET_GAMMA = 0.2

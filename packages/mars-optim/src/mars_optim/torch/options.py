@@ -12,8 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .functional import ORTHOGONALISED, Kind, UpdateRule
 from .orthogonalize import SOLVERS
+from .rule import ORTHOGONALISED, Kind, UpdateRule
 
 KINDS: dict[str, Kind] = {
     "mars-adamw": "adamw",

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .functional import UpdateRule, working_dtype
+from .correction import working_dtype
+from .rule import UpdateRule
 
 
 def prepare_state(

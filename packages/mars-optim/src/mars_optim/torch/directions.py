@@ -1,0 +1,65 @@
+"""From the momentum to the step: orthogonal directions, the cautious mask and decay."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .orthogonalize import orthogonalize
+from .rule import UpdateRule
+
+MARS_M_NS_EPS = 1e-7
+_SMALLEST_KEPT_FRACTION = 1e-3
+
+
+def orthogonal_scale(shape: Sequence[int], scale: str | float) -> float:
+    """Factor of the orthogonal update of a rows x columns matrix.
+
+    Args:
+        shape: (rows, columns).
+        scale: "none" is 1, "sqrt_ratio" is sqrt(max(1, rows / columns)) (mars-shampoo),
+            "rms" is 0.2 sqrt(max(rows, columns)) (mars-m), a number is itself.
+    """
+    if not isinstance(scale, str):
+        return float(scale)
+    rows, columns = shape
+    if scale == "sqrt_ratio":
+        return max(1.0, rows / max(columns, 1)) ** 0.5
+    return 0.2 * max(rows, columns) ** 0.5 if scale == "rms" else 1.0
+
+
+def orthogonal_directions(momenta: Sequence[Tensor], rule: UpdateRule) -> list[Tensor]:
+    """Scaled orthogonal factor of every momentum, in the shape of the momentum."""
+    views = [m if rule.batched and m.ndim >= 3 else m.reshape(m.shape[0], -1) for m in momenta]
+    # the release feeds m / (1 - beta1), which only rescales its eps
+    eps = MARS_M_NS_EPS if rule.kind == "m" else rule.eps * (1 - rule.beta1)
+    factors = orthogonalize(
+        views,
+        rule.orthogonalizer,
+        steps=rule.ns_steps,
+        coefficients=rule.ns_coefficients,
+        eps=eps,
+        dtype=rule.ns_dtype,
+    )
+    return [
+        factor.mul(orthogonal_scale(view.shape[-2:], rule.scale)).reshape(m.shape)
+        for factor, view, m in zip(factors, views, momenta, strict=True)
+    ]
+
+
+def mask_cautiously_(direction: Tensor, grad: Tensor) -> None:
+    """Zero the entries that disagree in sign with the gradient and rescale the rest (arXiv 2411.16085)."""
+    mask = (direction * grad > 0).to(direction.dtype)
+    direction.mul_(mask).div_(mask.mean().clamp_min(_SMALLEST_KEPT_FRACTION))
+
+
+def decay_(param: Tensor, direction: Tensor, decay: float, only_towards_zero: bool) -> None:
+    """Shrink the parameter by `decay`; cautiously where the step moves it towards zero (arXiv 2510.12402)."""
+    if only_towards_zero:
+        param.mul_(1 - decay * (direction * param >= 0).to(param.dtype))
+    else:
+        param.mul_(1 - decay)
+
+
+def step_number(step: Tensor) -> float:
+    """The value of a step counter; it lives on the CPU, so nothing waits for a device."""
+    return float(step)
