@@ -12,8 +12,7 @@ from estimators import digits_regression
 from torch import Tensor
 
 from mars_optim import theory
-from mars_optim.torch import MARS
-from mars_optim.torch.orthogonalize import newton_schulz
+from mars_optim.torch import MARS, newton_schulz
 
 STEPS = 50
 Gradient = Callable[[Tensor], Tensor]  # of one batch, at any point

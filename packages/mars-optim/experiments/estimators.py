@@ -4,15 +4,15 @@ The model is W (65 x 10: 64 pixels and a constant), the loss the mean cross-entr
 gradient of one image is x (softmax(x W) - y)^T. All in float64.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mars_optim.torch.diagnostics import estimator_error
-from mars_optim.torch.functional import gradient_correction
+from mars_optim.torch import estimator_error, gradient_correction
 from tenfold_tools import data
 
 GAMMAS = (0.0, 0.025, 0.5, 1.0)
@@ -125,26 +125,24 @@ def one_step_problem(seed: int, beta1: float, batch: int, moments: tuple[int, ..
     return found
 
 
-def approximate_noise_ratio(seed: int, beta1: float, gamma: float) -> float:
+def approximate_noise_ratios(seed: int, beta1: float, gammas: Sequence[float]) -> list[float]:
     """Var(m) of the approximate form over that of the moving average, on white noise: 4e5 samples of each.
 
     1e5 independent coordinates, read four times, so far apart that beta1^gap < 1e-2 and the readings are
     nearly independent; the first one when the start has faded to below 1e-4.
     """
     coordinates, readings = 100_000, 4
-    burn_in = next(n for n in range(1, 10_000) if beta1**n < 1e-4)
-    gap = next(n for n in range(1, 10_000) if beta1**n < 1e-2)
+    burn_in, gap = (math.ceil(math.log(left) / math.log(beta1)) for left in (1e-4, 1e-2))
     generator = torch.Generator().manual_seed(seed)
-    average = momentum = previous = torch.zeros(coordinates)
-    squares = {"momentum": 0.0, "average": 0.0}
+    zero = torch.zeros(coordinates)
+    strengths = [0.0, *gammas]  # gamma = 0 is the plain moving average
+    momenta, squares, previous = [zero] * len(strengths), [0.0] * len(strengths), zero
     for step in range(burn_in + (readings - 1) * gap + 1):
         g = torch.randn(coordinates, generator=generator)
-        c = gradient_correction(g, previous, beta1=beta1, gamma=gamma)
-        momentum = beta1 * momentum + (1 - beta1) * c
-        average = beta1 * average + (1 - beta1) * g
+        for i, gamma in enumerate(strengths):
+            c = gradient_correction(g, previous, beta1=beta1, gamma=gamma)
+            momenta[i] = beta1 * momenta[i] + (1 - beta1) * c
+            if step >= burn_in and (step - burn_in) % gap == 0:
+                squares[i] += float(estimator_error(momenta[i], zero))
         previous = g
-        if step >= burn_in and (step - burn_in) % gap == 0:
-            zero = torch.zeros_like(g)
-            squares["momentum"] += float(estimator_error(momentum, zero))
-            squares["average"] += float(estimator_error(average, zero))
-    return squares["momentum"] / squares["average"]
+    return [square / squares[0] for square in squares[1:]]

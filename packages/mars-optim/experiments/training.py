@@ -1,7 +1,7 @@
 """Training runs for the claims: a digits MLP and a byte-level GPT, under one arm and one seed at a time.
 
-An arm is a frozen description of an optimiser; `vars(arm)` goes into the report as the configuration. Within a
-seed all arms share the data split, the initial weights and the batches, so their differences are paired.
+An arm is a frozen description of an optimiser, which goes into the report as the configuration. Within a seed
+all arms share the data split, the initial weights and the batches, so their differences are paired.
 """
 
 from collections.abc import Callable, Sequence
@@ -60,6 +60,7 @@ class Arm:
     steps: int = 1
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimiser of the model's parameters."""
         decay = {} if self.weight_decay is None else {"weight_decay": self.weight_decay}
         if self.optimizer == "AdamW":
             return torch.optim.AdamW(model.parameters(), lr=self.lr, betas=self.betas, **decay)
@@ -133,7 +134,7 @@ class LanguageRun:
 
 
 def train_language_model(arm: Arm, seed: int, text: data.ByteText, run: LanguageRun) -> float:
-    """Final held-out loss (nats per byte) of the byte-level GPT: batches of 16 x 64, cosine after 40 steps."""
+    """Final held-out loss (nats per byte) of the byte-level GPT: 16 x 64 bytes a step, warm-up, cosine."""
     config, steps, clip_norm = GPTConfig(), run.steps * arm.steps, 1.0
     generator = torch.Generator().manual_seed(seed)
     model = ByteGPT(config, generator).to(run.device)
