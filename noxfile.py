@@ -170,9 +170,10 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "format", "--check", ".")
     sources = os.pathsep.join(str(workspace.folder(target, ROOT) / "src") for target in TARGETS)
     session.run("lint-imports", env={"PYTHONPATH": sources})
-    session.run("zizmor", "--offline", "--quiet", ".github/workflows")
+    session.run("zizmor", "--offline", "--quiet", ".github")
     workflows = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(".github/workflows/*.yml"))
     session.run("check-jsonschema", "--builtin-schema", "vendor.github-workflows", *workflows)
+    session.run("check-jsonschema", "--builtin-schema", "vendor.dependabot", ".github/dependabot.yml")
 
 
 @nox.session
@@ -181,7 +182,10 @@ def types(session: nox.Session, target: str) -> None:
     """Type check of one target against exactly what it may import."""
     install(session, target, *CONSTRAINTS)
     session.install(*CONSTRAINTS, "basedpyright")
-    session.run("basedpyright", str(workspace.folder(target, ROOT).relative_to(ROOT) / "src"))
+    # Named, because an environment of the checkout (.venv) would else be taken for the session's.
+    interpreter = str(Path(session.bin) / "python")
+    source = workspace.folder(target, ROOT).relative_to(ROOT) / "src"
+    session.run("basedpyright", "--pythonpath", interpreter, str(source))
 
 
 @nox.session
