@@ -1,0 +1,468 @@
+"""`mars_optim.jax.mars` against the specification's numbers, the NumPy truth, torch and known optimisers."""
+
+import dataclasses
+import warnings
+
+import numpy as np
+import pytest
+import reference
+
+jax = pytest.importorskip("jax")
+optax = pytest.importorskip("optax")
+
+import jax.numpy as jnp  # noqa: E402
+from jax import experimental  # noqa: E402
+
+from mars_optim.jax import mars, mars_correction, newton_schulz, scale_by_mars  # noqa: E402
+
+enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else experimental.enable_x64
+
+TYPES = ("adamw", "lion", "shampoo", "m", "sgd")
+SHAPES = ((6, 4), (3, 8), (5,), (2, 3, 3, 2), (1, 4), (7, 1))
+STEPS = 12
+ROUNDING = 1e-12  # float64 rounding over a dozen steps of O(1) numbers
+
+
+@pytest.fixture(autouse=True)
+def x64():
+    with enable_x64(True):
+        yield
+
+
+def gradients(rng, shapes=SHAPES, steps=STEPS):
+    """Gradients and references whose norms lie on both sides of 1, correlated as real ones are."""
+    out = []
+    for _ in range(steps):
+        g = [rng.normal(size=s) * rng.choice([0.05, 0.3, 2.0]) for s in shapes]
+        h = [x + 0.3 * np.std(x) * rng.normal(size=x.shape) for x in g]
+        out.append((g, h))
+    return out
+
+
+def run(tx, params, stream, *, exact=False):
+    """Trajectory of all parameters, op by op: compiled ops serve all tests, a jitted step only its own."""
+    params = [jnp.asarray(p) for p in params]
+    state, trajectory = tx.init(params), []
+    for g, h in stream:
+        extra = {"prev_grads": [jnp.asarray(x) for x in h]} if exact else {}
+        updates, state = tx.update([jnp.asarray(x) for x in g], state, params, **extra)
+        params = optax.apply_updates(params, updates)
+        trajectory.append([np.asarray(p) for p in params])
+    return trajectory
+
+
+def assert_same(left, right, tolerance=ROUNDING):
+    for a, b in zip(left, right, strict=True):
+        for x, y in zip(a, b, strict=True):
+            np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
+
+
+X1 = np.array([[1.0, -2.0], [0.5, 0.25]])
+EXAMPLE = [
+    ([np.array([[0.1, -0.2], [0.3, 0.4]])], [np.array([[0.1, -0.2], [0.3, 0.4]])]),
+    ([np.array([[0.3, 0.1], [-0.2, 0.2]])], [np.array([[0.2, 0.0], [-0.1, 0.3]])]),
+]
+WORKED = [
+    ({}, 1, (0.792228780183, -1.902513715324, 0.436134963202, 0.123350044826)),
+    ({"is_approx": False}, 1, (0.797489570004, -1.903617690035, 0.424939945641, 0.122257188937)),
+    ({"clip": None}, 1, (0.801558539049, -1.925625354478, 0.456628844666, 0.177374482627)),
+    ({"prev_grad_init": "zero"}, 1, (0.785114575130, -1.877601408970, 0.413058344358, 0.103374063290)),
+    (
+        {"is_approx": False, "prev_grad_init": "zero"},
+        1,
+        (0.791437089858, -1.879207966270, 0.397369990440, 0.102711156118),
+    ),
+    ({}, 10, (0.785114575130, -1.877601408970, 0.413058344358, 0.103374063290)),
+    ({"mars_type": "lion"}, 1, (0.7811, -1.9612, 0.49105, 0.046025)),
+    ({"mars_type": "sgd"}, 1, (0.974421890210, -1.960997299330, 0.492114057489, 0.239674730711)),
+    (
+        {"mars_type": "sgd", "is_approx": False},
+        1,
+        (0.971755027756, -1.961153646312, 0.489974309278, 0.239616657415),
+    ),
+    ({"mars_type": "shampoo"}, 1, (0.861933200969, -1.972333269586, 0.492249559406, 0.127721204994)),
+    (
+        {"mars_type": "shampoo", "is_approx": False},
+        1,
+        (0.839682048255, -1.932993022674, 0.472829818900, 0.135841768735),
+    ),
+    (
+        {"mars_type": "shampoo", "orthogonalize": "svd"},
+        1,
+        (0.848684243010, -1.969117550381, 0.498967550381, 0.113609243010),
+    ),
+    (
+        {"mars_type": "shampoo", "orthogonalize": "svd", "is_approx": False},
+        1,
+        (0.826712941304, -1.945397823897, 0.475247823897, 0.091637941304),
+    ),
+    ({"mars_type": "m"}, 1, (0.946677401669, -1.963631776604, 0.490672102203, 0.211846550954)),
+]
+
+
+@pytest.mark.filterwarnings("ignore:gamma=0.5 with is_approx")
+@pytest.mark.parametrize(("options", "factor", "expected"), WORKED)
+def test_worked_example_of_the_specification(options, factor, expected):
+    tx = mars(0.1, b1=0.9, gamma=0.5, weight_decay=0.1, **options)
+    stream = [([factor * g[0]], h) for g, h in EXAMPLE]
+    last = run(tx, [X1], stream, exact=not options.get("is_approx", True))[-1][0]
+    # The table prints 12 decimals: half a unit in the last place, doubled.
+    np.testing.assert_allclose(last.ravel(), expected, rtol=0, atol=1e-12)
+
+
+RATES = 0.05 * (1 - np.arange(STEPS) / 20)
+BUNDLES = {
+    "plain": {},
+    "decay, schedule and zero start": {
+        "weight_decay": 0.3,
+        "prev_grad_init": "zero",
+        "lr_1d_ratio": 0.5,
+        "weight_decay_1d": 0.2,
+    },
+    "amsgrad and optimize_1d": {"amsgrad": True, "optimize_1d": True, "weight_decay": 0.1},
+    "global clip, svd and scale": {
+        "clip_scope": "global",
+        "orthogonalize": "svd",
+        "scale": "none",
+        "b1_1d": 0.8,
+        "b2_1d": 0.9,
+    },
+}
+
+
+def in_the_words_of_the_reference(options):
+    """The few options that are spelled as in torch there."""
+    spelled = {name: value for name, value in options.items() if name not in ("b1_1d", "b2_1d")}
+    return spelled | {"betas_1d": (options.get("b1_1d", 0.9), options.get("b2_1d", 0.95))}
+
+
+@pytest.mark.parametrize(
+    ("clip", "bundle"), [(None, "plain"), (0.01, "plain"), *((1.0, bundle) for bundle in BUNDLES)]
+)
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("mars_type", TYPES)
+def test_trajectory_equals_the_numpy_reference(mars_type, exact, clip, bundle):
+    scheduled = "schedule" in bundle
+    rng = np.random.default_rng(TYPES.index(mars_type))
+    start, stream = [rng.normal(size=s) for s in SHAPES], gradients(rng)
+
+    def schedule(count):
+        return jnp.asarray(RATES)[count]
+
+    common = {"gamma": 0.1, "weight_decay": 0.0, "is_approx": not exact, "clip": clip} | BUNDLES[bundle]
+    tx = mars(schedule if scheduled else 0.05, mars_type, **common)
+    truth = reference.Mars(start)
+    options = reference.Options(mars_type=mars_type, **in_the_words_of_the_reference(common))
+    expected = []
+    for t, (g, h) in enumerate(stream):
+        truth.step(g, dataclasses.replace(options, lr=RATES[t] if scheduled else 0.05), h)
+        expected.append(list(truth.parameters))
+    assert_same(run(tx, start, stream, exact=exact), expected)
+
+
+def test_gamma_schedule_equals_the_numpy_reference():
+    rng = np.random.default_rng(3)
+    start, stream = [rng.normal(size=s) for s in SHAPES], gradients(rng)
+    tx = mars(0.05, "adamw", gamma=lambda count: 0.02 * (count + 1), is_approx=False)
+    truth, expected = reference.Mars(start), []
+    for t, (g, h) in enumerate(stream):
+        truth.step(g, reference.Options(lr=0.05, gamma=0.02 * (t + 1), is_approx=False), h)
+        expected.append(list(truth.parameters))
+    assert_same(run(tx, start, stream, exact=True), expected)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_correction_before_optax_adamw_is_mars_adamw(exact):
+    rng = np.random.default_rng(0)
+    start, stream = [rng.normal(size=s) for s in SHAPES], gradients(rng, steps=50)
+    options = {"b1": 0.95, "gamma": 0.1, "is_approx": not exact}
+    chained = optax.chain(
+        mars_correction(**options), optax.adamw(0.05, b1=0.95, b2=0.99, eps=1e-8, weight_decay=0.1)
+    )
+    whole = mars(0.05, "mars-adamw", weight_decay=0.1, optimize_1d=True, **options)
+    assert_same(run(chained, start, stream, exact=exact), run(whole, start, stream, exact=exact))
+
+
+def test_scale_by_mars_is_the_direction_of_mars():
+    rng = np.random.default_rng(1)
+    start, stream = [rng.normal(size=s) for s in SHAPES], gradients(rng)
+    for mars_type in TYPES:
+        chained = optax.chain(
+            scale_by_mars(mars_type), optax.add_decayed_weights(0.1), optax.scale_by_learning_rate(0.05)
+        )
+        whole = mars(0.05, mars_type, weight_decay=0.1, optimize_1d=True)
+        assert_same(run(chained, start, stream), run(whole, start, stream))
+
+
+def test_leaves_that_are_no_matrices_follow_optax_adamw_at_the_scaled_rate():
+    rng = np.random.default_rng(2)
+    start, stream = [rng.normal(size=s) for s in ((5,), ())], gradients(rng, ((5,), ()))
+    ours = mars(
+        0.1,
+        "lion",
+        lr_1d_ratio=0.3,
+        b1_1d=0.8,
+        b2_1d=0.9,
+        weight_decay_1d=0.2,
+        weight_decay=0.7,
+        is_approx=False,
+    )
+    theirs = optax.adamw(0.03, b1=0.8, b2=0.9, eps=1e-8, weight_decay=0.2)
+    assert_same(run(ours, start, stream, exact=True), run(theirs, start, stream))
+
+
+@pytest.mark.parametrize("mars_type", TYPES)
+@pytest.mark.parametrize("exact", [False, True])
+def test_torch_and_jax_trajectories_agree(mars_type, exact):
+    torch = pytest.importorskip("torch")
+    MARS = pytest.importorskip("mars_optim.torch").MARS
+    rng = np.random.default_rng(4)
+    start, stream = [rng.normal(size=s) for s in SHAPES], gradients(rng)
+    tensors = [torch.tensor(p, requires_grad=True) for p in start]
+    optimizer = MARS(
+        tensors, lr=0.05, gamma=0.1, mars_type=mars_type, weight_decay=0.2, lr_1d=0.02, is_approx=not exact
+    )
+    expected = []
+    for g, h in stream:
+        for tensor, grad in zip(tensors, g, strict=True):
+            tensor.grad = torch.tensor(grad)
+        optimizer.step(**({"prev_grads": [torch.tensor(x) for x in h]} if exact else {}))
+        expected.append([tensor.detach().numpy().copy() for tensor in tensors])
+    tx = mars(0.05, mars_type, gamma=0.1, weight_decay=0.2, lr_1d_ratio=0.4, is_approx=not exact)
+    assert_same(run(tx, start, stream, exact=exact), expected)
+
+
+# --- reductions to known methods (specification c.7) --------------------------------------------------
+
+
+def test_without_correction_and_clip_mars_adamw_is_optax_adamw():
+    rng = np.random.default_rng(5)
+    start, stream = [rng.normal(size=s) for s in SHAPES], gradients(rng, steps=50)
+    ours = mars(0.05, gamma=0.0, clip=None, weight_decay=0.1, optimize_1d=True)
+    theirs = optax.adamw(0.05, b1=0.95, b2=0.99, eps=1e-8, weight_decay=0.1)
+    assert_same(run(ours, start, stream), run(theirs, start, stream))
+
+
+def test_mars_lion_is_optax_lion_bit_for_bit():
+    rng = np.random.default_rng(6)
+    start, stream = [rng.normal(size=s) for s in SHAPES], gradients(rng, steps=50)
+    b1, b2 = 0.9, 0.99
+    ours = mars(
+        0.05,
+        "lion",
+        b1=b2,
+        gamma=(b2 - b1) / b2,
+        clip=None,
+        prev_grad_init="zero",
+        weight_decay=0.1,
+        optimize_1d=True,
+    )
+    theirs = optax.lion(0.05, b1=b1, b2=b2, weight_decay=0.1)
+    for left, right in zip(run(ours, start, stream), run(theirs, start, stream), strict=True):
+        for x, y in zip(left, right, strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+def test_mars_shampoo_is_nesterov_momentum_through_optax_newton_schulz():
+    # optax.contrib.muon weighs its Nesterov terms by two bias corrections; Muon itself (and c.7) does not.
+    rng = np.random.default_rng(7)
+    mu = 0.9
+    ours = scale_by_mars("shampoo", b1=mu, gamma=1 - mu, clip=None, prev_grad_init="zero", scale="none")
+    polynomial = optax.contrib.scale_by_muon(beta=0.0, eps=1e-8, nesterov=False)
+    theirs = optax.chain(optax.trace(mu, nesterov=True), polynomial)
+    for shape in ((6, 4), (3, 8), (4, 4)):
+        ours_state, theirs_state = ours.init(jnp.zeros(shape)), theirs.init(jnp.zeros(shape))
+        for (g,), _ in gradients(rng, (shape,), steps=50):
+            left, ours_state = ours.update(jnp.asarray(g), ours_state)
+            right, theirs_state = theirs.update(jnp.asarray(g), theirs_state)
+            # optax 0.2.5 keeps its own scale, sqrt(max(1, columns / rows)), inside: compare directions.
+            assert_same([[left / jnp.linalg.norm(left)]], [[right / jnp.linalg.norm(right)]])
+
+
+def test_newton_schulz_equals_the_polynomial_of_optax():
+    contrib = pytest.importorskip("optax.contrib._muon")
+    rng = np.random.default_rng(8)
+    for shape in ((4, 6), (6, 4), (5, 5)):
+        matrix = jnp.asarray(rng.normal(size=shape))
+        theirs = contrib.orthogonalize_via_newton_schulz(matrix, jnp.array([3.4445, -4.7750, 2.0315]), 5)
+        np.testing.assert_allclose(newton_schulz(matrix, eps=1e-8), theirs, rtol=1e-13, atol=1e-13)
+
+
+def test_exact_mars_sgd_with_gamma_one_is_storm():
+    rng = np.random.default_rng(9)
+    stream = gradients(rng, ((4, 3),), steps=50)
+    b1, lr = 0.9, 0.05
+    x, m, previous = np.ones((4, 3)), np.zeros((4, 3)), None
+    expected = []
+    for (g,), (h,) in stream:
+        h = g if previous is None else h
+        m, previous = b1 * m + (1 - b1) * g + b1 * (g - h), g
+        x = x - lr * m
+        expected.append([x])
+    tx = mars(lr, "sgd", b1=b1, gamma=1.0, clip=None, is_approx=False)
+    assert_same(run(tx, [np.ones((4, 3))], stream, exact=True), expected)
+
+
+def test_gamma_of_one_minus_beta_is_nesterov_momentum():
+    rng = np.random.default_rng(10)
+    start, stream = [rng.normal(size=s) for s in SHAPES], gradients(rng, steps=50)
+    beta = 0.9
+    ours = mars(0.05, "sgd", b1=beta, gamma=1 - beta, clip=None, prev_grad_init="zero", optimize_1d=True)
+    theirs = optax.sgd(0.05 * (1 - beta), momentum=beta, nesterov=True)
+    assert_same(run(ours, start, stream), run(theirs, start, stream))
+
+
+# --- options -----------------------------------------------------------------------------------------
+
+
+def test_weight_decay_of_mars_m_defaults_to_a_tenth_and_of_the_others_to_zero():
+    zero = [([np.zeros((3, 2))], [np.zeros((3, 2))])]
+    for mars_type in TYPES:
+        left = run(mars(0.5, mars_type), [np.ones((3, 2))], zero)[-1][0]
+        np.testing.assert_allclose(left, 0.95 if mars_type == "m" else 1.0, rtol=1e-15)
+
+
+def test_mask_chooses_the_decayed_leaves():
+    params = {"kernel": jnp.ones((3, 2)), "scale": jnp.ones((2,)), "norm": {"bias": jnp.ones((2,))}}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    wanted = {"kernel": True, "scale": True, "norm": False}
+    for mask in (wanted, lambda _: wanted):
+        tx = mars(0.5, "sgd", weight_decay=0.2, weight_decay_1d=0.4, mask=mask)
+        updates, _ = tx.update(zeros, tx.init(params), params)
+        np.testing.assert_allclose(updates["kernel"], -0.1, rtol=1e-15)
+        np.testing.assert_allclose(updates["scale"], -0.2, rtol=1e-15)
+        np.testing.assert_array_equal(updates["norm"]["bias"], 0.0)
+
+
+def test_low_precision_parameters_are_moved_by_float32_arithmetic():
+    rng = np.random.default_rng(11)
+    grads = [jnp.asarray(rng.normal(size=(6, 4)), jnp.bfloat16) for _ in range(8)]
+    low, high = jnp.ones((6, 4), jnp.bfloat16), jnp.ones((6, 4), jnp.float32)
+    for mars_type in TYPES:
+        tx = mars(1e-2, mars_type, weight_decay=0.1)
+        states = [tx.init(low), tx.init(high)]
+        assert states[0].mu.dtype == jnp.float32
+        assert states[0].correction.prev_grad.dtype == jnp.bfloat16
+        for g in grads:
+            update, states[0] = tx.update(g, states[0], low)
+            wide, states[1] = tx.update(g.astype(jnp.float32), states[1], high)
+            assert update.dtype == jnp.bfloat16
+            np.testing.assert_array_equal(update, wide.astype(jnp.bfloat16))
+
+
+def test_second_moments_exist_only_where_an_adam_rule_needs_them():
+    params = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones((2,))}
+    sizes = {t: sum(x.size for x in jax.tree.leaves(mars(1.0, t).init(params).nu)) for t in TYPES}
+    assert sizes == {"adamw": 8, "lion": 2, "shampoo": 2, "m": 2, "sgd": 2}
+    assert jax.tree.leaves(scale_by_mars("lion").init(params).nu) == []
+    assert jax.tree.leaves(mars(1.0, is_approx=False).init(params).correction.prev_grad) == []
+
+
+def test_row_and_column_axes_make_a_transposed_leaf_move_like_the_matrix_itself():
+    rng = np.random.default_rng(12)
+    for mars_type in ("shampoo", "m"):
+        start = rng.normal(size=(6, 4))
+        stream = gradients(rng, ((6, 4),))
+        expected = run(mars(0.05, mars_type), [start], stream)
+        turned = [([g[0].T], [h[0].T]) for g, h in stream]
+        tx = mars(0.05, mars_type, weight_dimension_numbers=[(1, 0)])
+        assert_same(run(tx, [start.T], turned), [[x.T for x in xs] for xs in expected])
+
+
+def test_axes_in_neither_group_index_matrices_that_move_independently():
+    rng = np.random.default_rng(13)
+    start, stream = [rng.normal(size=(3, 6, 4))], gradients(rng, ((3, 6, 4),))
+    for mars_type in TYPES:
+        stacked = run(mars(0.05, mars_type, weight_dimension_numbers=[(1, 2)]), start, stream)
+        alone = run(mars(0.05, mars_type), list(start[0]), [(list(g[0]), list(h[0])) for g, h in stream])
+        assert_same(stacked, [[np.stack(xs)] for xs in alone])
+
+
+def test_convolution_kernels_take_their_axes_in_any_order():
+    rng = np.random.default_rng(14)
+    start, stream = rng.normal(size=(8, 3, 3, 2)), gradients(rng, ((8, 3, 3, 2),))
+    expected = run(mars(0.05, "shampoo"), [start], stream)
+
+    def hwio(x):
+        return x.transpose(1, 2, 3, 0)
+
+    numbers = optax.contrib.MuonDimensionNumbers(reduction_axis=(0, 1, 2), output_axis=3)
+    for spec in ((3, (0, 1, 2)), ((-1,), [0, 1, 2]), numbers):
+        tx = mars(0.05, "shampoo", weight_dimension_numbers=lambda params, spec=spec: [spec for _ in params])
+        moved = run(tx, [hwio(start)], [([hwio(g[0])], [hwio(h[0])]) for g, h in stream])
+        assert_same(moved, [[hwio(x) for x in xs] for xs in expected])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rate": -1.0}, r"learning_rate must be >= 0, got -1.0"),
+        ({"b1": 1.0}, r"b1 must be in \[0, 1\), got 1.0"),
+        ({"b2": -0.1}, r"b2 must be in \[0, 1\), got -0.1"),
+        ({"b1_1d": 1.5}, r"b1_1d must be in \[0, 1\), got 1.5"),
+        ({"b2_1d": 1}, r"b2_1d must be in \[0, 1\), got 1"),
+        ({"eps": -1e-8}, r"eps must be >= 0, got -1e-08"),
+        ({"gamma": -0.1}, r"gamma must be finite and >= 0, got -0.1"),
+        ({"gamma": float("inf")}, r"gamma must be finite and >= 0, got inf"),
+        ({"gamma": float("nan")}, r"gamma must be finite and >= 0, got nan"),
+        ({"gamma": jnp.asarray(-1.0)}, r"gamma must be finite and >= 0, got Array"),
+        ({"clip": 0.0}, r"clip must be > 0 \(None turns it off\), got 0.0"),
+        ({"clip_scope": "tensor"}, r"clip_scope must be one of \('leaf', 'global'\), got 'tensor'"),
+        ({"prev_grad_init": "zeros"}, r"prev_grad_init must be one of \('current', 'zero'\), got 'zeros'"),
+        ({"prev_grad_dtype": jnp.int32}, r"prev_grad_dtype must be a floating dtype or None, got .*int32"),
+        ({"mars_type": "muon"}, r"mars_type must be one of \('mars-adamw', .*\), got 'muon'"),
+        ({"orthogonalize": "qr"}, r"orthogonalize must be one of \('newton_schulz', 'svd'\), got 'qr'"),
+        ({"ns_steps": -1}, r"ns_steps must be an integer >= 0, got -1"),
+        ({"ns_steps": 2.5}, r"ns_steps must be an integer >= 0, got 2.5"),
+        (
+            {"scale": "big"},
+            r"scale must be None, a number or one of \('none', 'sqrt_ratio', 'rms'\), got 'big'",
+        ),
+        ({"scale": float("nan")}, r"scale must be finite, got nan"),
+        ({"weight_decay": -0.1}, r"weight_decay must be >= 0, got -0.1"),
+        ({"weight_decay_1d": -0.1}, r"weight_decay_1d must be >= 0, got -0.1"),
+        ({"lr_1d_ratio": -2}, r"lr_1d_ratio must be >= 0, got -2"),
+        ({"mars_type": "m", "axis_name": "d"}, r"axis_name must be None for mars-m: .*, got 'd'"),
+    ],
+)
+def test_options_out_of_range_are_refused_with_name_rule_and_value(options, message):
+    with pytest.raises(ValueError, match=message):
+        mars(**({"learning_rate": 1e-3} | options))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ((0, 2), r"must name axes of the shape \(3, 4\), got \(0, 2\)"),
+        ((0, 0), r"needs two disjoint non-empty groups of axes, got \(0, 0\)"),
+        (((), 0), r"needs two disjoint non-empty groups of axes, got \(\(\), 0\)"),
+        ("rows", r"must hold None or \(row axes, column axes\), got 'rows'"),
+        ((0,), r"must hold None or \(row axes, column axes\), got \(0,\)"),
+    ],
+)
+def test_impossible_dimension_numbers_are_refused(spec, message):
+    tx = mars(1e-3, "shampoo", weight_dimension_numbers=[spec])
+    with pytest.raises(ValueError, match=message):
+        tx.init([jnp.ones((3, 4))])
+
+
+def test_a_number_that_is_no_number_is_a_type_error():
+    with pytest.raises(TypeError, match=r"b1 must be a number, got '0\.9'"):
+        mars(1e-3, b1="0.9")
+    with pytest.raises(TypeError, match="eps must be a number, got None"):
+        mars(1e-3, eps=None)
+
+
+def test_update_without_parameters_is_refused():
+    tx = mars(1e-3)
+    with pytest.raises(ValueError, match="params must be given to update"):
+        tx.update([jnp.ones((2, 2))], tx.init([jnp.ones((2, 2))]))
+
+
+def test_a_large_gamma_in_the_approximate_form_warns_and_in_the_exact_form_does_not():
+    with pytest.warns(UserWarning, match="gamma=0.5 with is_approx=True raises the noise"):
+        mars(1e-3, gamma=0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mars(1e-3, gamma=0.5, is_approx=False)
+        mars(1e-3, gamma=0.2)
