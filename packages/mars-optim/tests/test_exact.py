@@ -5,8 +5,9 @@ import copy
 import numpy as np
 import pytest
 import torch
-from mars_optim.torch import MARS
 from trajectories import TYPES, assert_same
+
+from mars_optim.torch import MARS
 
 STEPS = 15
 ROUNDING = 1e-12  # 15 steps of float64 arithmetic; the ways differ in the order of a few additions
@@ -364,16 +365,16 @@ def test_folded_step_ignores_tensors_that_only_the_next_batch_used():
 
 
 PREV_GRADS_ERRORS = {
-    "too few": (lambda w, b: [torch.zeros(3, 5).double()], r"one entry per parameter \(2\), got 1"),
-    "missing": (lambda w, b: {b: torch.zeros(3).double()}, "for parameter #0, got none"),
-    "shape": (lambda w, b: [torch.zeros(5, 3).double(), None], r"#0 must have shape \(3, 5\), got \(5, 3\)"),
-    "dtype": (lambda w, b: [torch.zeros(3, 5), None], "#0 must have dtype torch.float64, got torch.float32"),
+    "too few": (lambda _w, _b: [torch.zeros(3, 5).double()], r"one entry per parameter \(2\), got 1"),
+    "missing": (lambda _w, b: {b: torch.zeros(3).double()}, "for parameter #0, got none"),
+    "shape": (lambda _w, _b: [torch.zeros(5, 3).double(), None], r"#0 must have shape \(3, 5\), got \(5, 3\)"),
+    "dtype": (lambda _w, _b: [torch.zeros(3, 5), None], "#0 must have dtype torch.float64, got torch.float32"),
     "device": (
-        lambda w, b: [torch.zeros(3, 5, dtype=torch.float64, device="meta"), None],
+        lambda _w, _b: [torch.zeros(3, 5, dtype=torch.float64, device="meta"), None],
         "#0 must have device cpu, got meta",
     ),
-    "unknown name": (lambda w, b: {"bias": torch.zeros(3).double()}, "names as keys, got 'bias'"),
-    "unknown tensor": (lambda w, b: {torch.zeros(3): torch.zeros(3)}, "a tensor that is not a parameter"),
+    "unknown name": (lambda _w, _b: {"bias": torch.zeros(3).double()}, "names as keys, got 'bias'"),
+    "unknown tensor": (lambda _w, _b: {torch.zeros(3): torch.zeros(3)}, "a tensor that is not a parameter"),
 }
 
 

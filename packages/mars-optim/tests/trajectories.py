@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from mars_optim.torch import MARS
 from reference import Mars, Options
+
+from mars_optim.torch import MARS
 
 SHAPES = ((6, 4), (3, 8), (5,), (2, 3, 3, 2), (1, 4), (7, 1))
 TYPES = ("adamw", "lion", "shampoo", "m", "sgd")
