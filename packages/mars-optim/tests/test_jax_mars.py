@@ -270,11 +270,12 @@ def test_mars_shampoo_is_nesterov_momentum_through_optax_newton_schulz():
     ours = scale_by_mars("shampoo", b1=mu, gamma=1 - mu, clip=None, prev_grad_init="zero", scale="none")
     polynomial = optax.contrib.scale_by_muon(beta=0.0, eps=1e-8, nesterov=False)
     theirs = optax.chain(optax.trace(mu, nesterov=True), polynomial)
+    update = jax.jit(theirs.update)
     for shape in ((6, 4), (3, 8), (4, 4)):
         ours_state, theirs_state = ours.init(jnp.zeros(shape)), theirs.init(jnp.zeros(shape))
         for (g,), _ in gradients(rng, (shape,), steps=50):
             left, ours_state = ours.update(jnp.asarray(g), ours_state)
-            right, theirs_state = theirs.update(jnp.asarray(g), theirs_state)
+            right, theirs_state = update(jnp.asarray(g), theirs_state)
             # optax 0.2.5 keeps its own scale, sqrt(max(1, columns / rows)), inside: compare directions.
             assert_same([[left / jnp.linalg.norm(left)]], [[right / jnp.linalg.norm(right)]])
 
@@ -386,8 +387,10 @@ def test_convolution_kernels_take_their_axes_in_any_order():
     def hwio(x):
         return x.transpose(1, 2, 3, 0)
 
-    numbers = optax.contrib.MuonDimensionNumbers(reduction_axis=(0, 1, 2), output_axis=3)
-    for spec in ((3, (0, 1, 2)), ((-1,), [0, 1, 2]), numbers):
+    specs = [(3, (0, 1, 2)), ((-1,), [0, 1, 2])]
+    if hasattr(optax.contrib, "MuonDimensionNumbers"):  # optax 0.2.6
+        specs.append(optax.contrib.MuonDimensionNumbers(reduction_axis=(0, 1, 2), output_axis=3))
+    for spec in specs:
         tx = mars(0.05, "shampoo", weight_dimension_numbers=lambda params, spec=spec: [spec for _ in params])
         moved = run(tx, [hwio(start)], [([hwio(g[0])], [hwio(h[0])]) for g, h in stream])
         assert_same(moved, [[hwio(x) for x in xs] for xs in expected])
