@@ -367,8 +367,14 @@ def test_folded_step_ignores_tensors_that_only_the_next_batch_used():
 PREV_GRADS_ERRORS = {
     "too few": (lambda _w, _b: [torch.zeros(3, 5).double()], r"one entry per parameter \(2\), got 1"),
     "missing": (lambda _w, b: {b: torch.zeros(3).double()}, "for parameter #0, got none"),
-    "shape": (lambda _w, _b: [torch.zeros(5, 3).double(), None], r"#0 must have shape \(3, 5\), got \(5, 3\)"),
-    "dtype": (lambda _w, _b: [torch.zeros(3, 5), None], "#0 must have dtype torch.float64, got torch.float32"),
+    "shape": (
+        lambda _w, _b: [torch.zeros(5, 3).double(), None],
+        r"#0 must have shape \(3, 5\), got \(5, 3\)",
+    ),
+    "dtype": (
+        lambda _w, _b: [torch.zeros(3, 5), None],
+        "#0 must have dtype torch.float64, got torch.float32",
+    ),
     "device": (
         lambda _w, _b: [torch.zeros(3, 5, dtype=torch.float64, device="meta"), None],
         "#0 must have device cpu, got meta",

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from mars_optim.torch import UpdateRule, clip_by_norm, gradient_correction, mars, quasi_hyperbolic
 from reference import Options
 from trajectories import TYPES, assert_same, draw, run_mars, run_reference, varying
+
+from mars_optim.torch import UpdateRule, clip_by_norm, gradient_correction, mars, quasi_hyperbolic
 
 ROUNDING = 1e-12  # 12 steps of float64 arithmetic on numbers of order one: below 1e4 ulp
 BASE = Options(lr=0.02, betas=(0.9, 0.95), gamma=0.09, lr_1d_ratio=0.5, reference_lr=0.02)
@@ -74,3 +75,71 @@ def test_backends_agree_in_float32(mars_type):
     lists = run_mars(drawn, options, dtype=torch.float32, foreach=True)
     # a few ulp (1.2e-7) of entries of order one; atol covers entries that have cancelled to small numbers
     assert_same(lists, loop, rtol=1e-6, atol=1e-6)
+
+
+RULE = UpdateRule(kind="sgd", lr=0.1, beta1=0.9)
+
+
+def test_mars_changes_parameters_averages_and_steps_in_place_alone():
+    param, grad, reference, average = (
+        torch.full((2, 2), v, dtype=torch.float64) for v in (1.0, 2.0, 3.0, 0.0)
+    )
+    step = torch.zeros(())
+    divisors = mars(
+        [param], [grad], [reference], [average], [], [], [step], replace(RULE, gamma=0.5, clip=1.0)
+    )
+    c = 2.0 + 0.5 * 9 * (2.0 - 3.0)
+    # the norm of c is 5
+    torch.testing.assert_close(average, torch.full_like(average, 0.1 * c / 5), rtol=1e-14, atol=0)
+    torch.testing.assert_close(param, 1.0 - 0.1 * average, rtol=1e-15, atol=0)
+    assert float(step) == 1
+    assert (float(grad[0, 0]), float(reference[0, 0])) == (2.0, 3.0)
+    assert [float(d) for d in divisors] == [pytest.approx(5.0, rel=1e-14)]
+
+
+@pytest.mark.parametrize(
+    "name", ["grads", "references", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "steps"]
+)
+def test_lists_of_unequal_length_raise(name):
+    names = ("grads", "references", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "steps")
+    lists = {n: [torch.zeros(2, 2)] if n != "steps" else [torch.zeros(())] for n in names}
+    lists[name] = []
+    rule = replace(RULE, kind="adamw", amsgrad=True)
+    with pytest.raises(ValueError, match=rf"{name} must have one tensor per parameter \(1\), got 0"):
+        mars([torch.zeros(2, 2)], *lists.values(), rule)
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_no_tensors_are_no_work(foreach):
+    assert mars([], [], None, [], [], [], [], RULE, foreach=foreach) == []
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda t: gradient_correction(t, t, beta1=1.0, gamma=0.1), r"beta1 must be in \[0, 1\), got 1.0"),
+        (lambda t: gradient_correction(t, t, beta1=0.9, gamma=-0.1), "gamma must be >= 0, got -0.1"),
+        (lambda t: clip_by_norm(t, 0.0), "max_norm must be > 0, got 0.0"),
+    ],
+)
+def test_bad_numbers_raise(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(torch.ones(2, 2))
+
+
+def test_shapes_that_differ_are_a_type_error_under_the_runtime_check():
+    with pytest.raises(TypeError):
+        gradient_correction(torch.ones(2, 2), torch.ones(2, 3), beta1=0.9, gamma=0.1)
+
+
+def test_clipping_by_slices_leaves_small_slices_alone():
+    tensor = torch.stack([torch.full((2, 2), 3.0), torch.full((2, 2), 0.1)])
+    expected = torch.stack([torch.full((2, 2), 0.5), torch.full((2, 2), 0.1)])
+    torch.testing.assert_close(clip_by_norm(tensor, 1.0, batched=True), expected)
+
+
+def test_quasi_hyperbolic_momentum_lies_between_average_and_gradient():
+    gradient, average = torch.tensor([4.0]), torch.tensor([2.0])
+    assert float(quasi_hyperbolic(gradient, average, 0.0)) == 2.0
+    assert float(quasi_hyperbolic(gradient, average, 1.0)) == 4.0
+    assert float(quasi_hyperbolic(gradient, average, 0.25)) == 2.5

@@ -106,7 +106,13 @@ def test_nesterov_muon_is_mars_shampoo(monkeypatch):
     muon = torch.optim.Muon(params, lr=0.02, weight_decay=0.1, momentum=mu, nesterov=True, eps=eps)
     expected = train(muon, params, drawn[1])
     actual, _ = unclipped(
-        drawn, mars_type="shampoo", betas=(mu, 0.99), gamma=1 - mu, lr=0.02, weight_decay=0.1, eps=eps / (1 - mu)
+        drawn,
+        mars_type="shampoo",
+        betas=(mu, 0.99),
+        gamma=1 - mu,
+        lr=0.02,
+        weight_decay=0.1,
+        eps=eps / (1 - mu),
     )
     # torch keeps (1 - mu) in its momentum, the paper feeds m / (1 - mu): only the scale of eps differs
     assert_same(actual, expected, rtol=0, atol=ROUNDING)

@@ -129,6 +129,7 @@ def _directions(momentum: list[Tensor], scratch: list[Tensor] | None, rule: Upda
     torch._foreach_copy_(scratch, momentum)
     if rule.kind == "lion":
         torch._foreach_sign_(scratch)
+        torch._foreach_add_(scratch, momentum, alpha=0)  # NaN stays NaN, as in `sign`
     return scratch
 
 

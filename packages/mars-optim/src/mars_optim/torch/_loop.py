@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .correction import clip_divisor, gradient_correction, norm_of, quasi_hyperbolic, working_dtype
-from .directions import decay_, mask_cautiously_, orthogonal_directions, step_number
+from .directions import decay_, mask_cautiously_, orthogonal_directions, sign, step_number
 from .rule import UpdateRule
 
 
@@ -43,7 +43,7 @@ def mars_single(
             _write(max_exp_avg_sq, v)
         u = _adam_direction(momentum, v, t, rule)
     elif rule.kind == "lion":
-        u = momentum.sign()
+        u = sign(momentum)
     elif rule.kind == "sgd":
         u = momentum.clone() if rule.cautious else momentum
     else:

@@ -29,7 +29,7 @@ def orthogonal_scale(shape: Sequence[int], scale: str | float) -> float:
 
 def orthogonal_directions(momenta: Sequence[Tensor], rule: UpdateRule) -> list[Tensor]:
     """Scaled orthogonal factor of every momentum, in the shape of the momentum."""
-    views = [m if rule.batched and m.ndim >= 3 else m.reshape(m.shape[0], -1) for m in momenta]
+    views = [m if rule.batched and m.ndim >= 3 else m.flatten(1) for m in momenta]
     # the release feeds m / (1 - beta1), which only rescales its eps
     eps = MARS_M_NS_EPS if rule.kind == "m" else rule.eps * (1 - rule.beta1)
     factors = orthogonalize(
@@ -44,6 +44,11 @@ def orthogonal_directions(momenta: Sequence[Tensor], rule: UpdateRule) -> list[T
         factor.mul(orthogonal_scale(view.shape[-2:], rule.scale)).reshape(m.shape)
         for factor, view, m in zip(factors, views, momenta, strict=True)
     ]
+
+
+def sign(momentum: Tensor) -> Tensor:
+    """Sign of every entry, 0 at 0; NaN stays NaN, where torch.sign would make a silent zero step of it."""
+    return momentum.sign().add_(momentum, alpha=0)
 
 
 def mask_cautiously_(direction: Tensor, grad: Tensor) -> None:

@@ -376,10 +376,10 @@ class MARS(ExactForm, torch.optim.Optimizer):
         for task in tasks:
             if task.corrected and task.group["clip_scope"] == "global" and task.rule.clip is not None:
                 g, h = self._effective(task)
-                squares.append(norm_of(corrected_gradient(task.param, g, h, task.rule)).square())
+                squares.append(norm_of(corrected_gradient(task.param, g, h, task.rule)).double().square())
         if not squares:
             return {}
-        total = torch.stack([s.to(squares[0].device, torch.float64) for s in squares]).sum().sqrt()
+        total = torch.stack([s.to(squares[0].device) for s in squares]).sum().sqrt()
         return {task.param.device: total.to(task.param.device) for task in tasks}
 
     def _buckets(self, tasks: list[_Task]) -> Iterable[list[_Task]]:
