@@ -25,7 +25,8 @@ from tenfold_tools.bench import Comparison, Options, Row, main
 
 FLOAT_BYTES = 4
 BASELINE = "AdamW foreach"
-# Muon orthogonalises in bfloat16, which CPUs emulate: 10^10 operations in small matrices take a core 20 s.
+# Muon orthogonalises in bfloat16. A CPU without instructions for it needs 20 s for 10^10 operations in small
+# matrices.
 CPU_FLOPS = 1e9
 
 
