@@ -182,11 +182,10 @@ def linear_momentum(
     if not (math.isfinite(weight) and weight > 0):
         raise ValueError(f"b1*a2 - a1*b2 + b2 must be finite and > 0, got {weight!r}")
     change = a1 * b2 if updated_first else a1 * b2 - b1 * a2
-    scale = weight / (1 - a1)
-    gamma = change / (a1 * scale)
-    if gamma < 0:
-        raise ValueError(f"b1*a2 must not exceed a1*b2: gamma must be >= 0 but would be {gamma!r}")
-    return a1, gamma, scale
+    gamma = change / weight * ((1 - a1) / a1)  # in this order, tiny weights do not underflow to 0 / 0
+    if not (math.isfinite(gamma) and gamma >= 0):
+        raise ValueError(f"b1*a2 must not exceed a1*b2: gamma must be finite and >= 0, got {gamma!r}")
+    return a1, gamma, weight / (1 - a1)
 
 
 def lion_equivalent(beta1: float, beta2: float) -> Equivalent:
