@@ -25,7 +25,7 @@ from tenfold_tools.bench import Comparison, Options, Row, main
 
 FLOAT_BYTES = 4
 BASELINE = "AdamW foreach"
-# Muon orthogonalises in bfloat16. A CPU without instructions for it took 0.2 s for the 2 10^8 operations of the
+# Muon orthogonalises in bfloat16. A CPU without instructions for it took 0.2 s for the 2e8 operations of the
 # tiny set; many-4k has 44 times as many.
 CPU_FLOPS = 1e9
 
