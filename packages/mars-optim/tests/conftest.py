@@ -1,4 +1,4 @@
-"""Turns on the runtime check of the annotations of `mars_optim.torch` where shapes occur, before its import."""
+"""Turns on the runtime check of annotations in the modules of `mars_optim.torch` that speak of shapes."""
 
 import jaxtyping
 

@@ -207,12 +207,10 @@ def descend(x: Array, u: Array, g: Array, o: Options, lr: float, weight_decay: f
     if o.cautious:  # arXiv 2411.16085
         mask = (u * g > 0).astype(np.float64)
         u = u * mask / max(mask.mean(), 1e-3)
-    if o.decay_mode == "independent":
-        decay = weight_decay * o.lr / o.reference_lr
-    else:
-        decay = lr * weight_decay
-    if o.decay_mode == "l2":
-        decay = 0.0
-    if o.decay_mode == "cautious":  # arXiv 2510.12402
-        decay = decay * (u * x >= 0)
+    decay = {
+        "decoupled": lr * weight_decay,
+        "independent": weight_decay * o.lr / o.reference_lr,
+        "cautious": lr * weight_decay * (u * x >= 0),  # arXiv 2510.12402
+        "l2": 0.0,
+    }[o.decay_mode]
     return x - lr * u - decay * x

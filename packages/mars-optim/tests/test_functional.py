@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import jaxtyping
 import pytest
 import torch
 from reference import Options
@@ -127,9 +128,16 @@ def test_bad_numbers_raise(call, message):
         call(torch.ones(2, 2))
 
 
-def test_shapes_that_differ_are_a_type_error_under_the_runtime_check():
-    with pytest.raises(TypeError):
-        gradient_correction(torch.ones(2, 2), torch.ones(2, 3), beta1=0.9, gamma=0.1)
+def test_shapes_that_differ_raise_with_and_without_the_runtime_check():
+    g, h = torch.ones(2, 2), torch.ones(2, 1)
+    with pytest.raises(TypeError, match="shape"):
+        gradient_correction(g, h, beta1=0.9, gamma=0.1)
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        with pytest.raises(ValueError, match=r"the same shape, got \(2, 2\) and \(2, 1\)"):
+            gradient_correction(g, h, beta1=0.9, gamma=0.1)
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def test_clipping_by_slices_leaves_small_slices_alone():

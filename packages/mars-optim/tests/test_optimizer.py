@@ -174,6 +174,19 @@ def test_gamma_raised_later_warns():
         optimizer.step()
 
 
+@pytest.mark.parametrize(("name", "value"), [("betas", (1.0, 0.9)), ("gamma", -0.1)])
+def test_bad_value_set_by_a_scheduler_raises_before_anything_changes(name, value):
+    matrix, vector = parameter([[1.0]]), parameter([1.0])
+    optimizer = MARS([{"params": [vector]}, {"params": [matrix]}])
+    optimizer.param_groups[1][name] = value
+    for param in (matrix, vector):
+        param.grad = torch.ones_like(param)
+    with pytest.raises(ValueError, match=name):
+        optimizer.step()
+    assert not optimizer.state
+    assert vector.item() == matrix.item() == 1.0
+
+
 def test_step_without_gradients_does_nothing():
     param = parameter([[1.0]])
     optimizer = MARS([param])
@@ -191,7 +204,7 @@ def test_sparse_gradient_raises_before_anything_changes(position):
     optimizer.step()
     before, state = [p.detach().clone() for p in params], copy.deepcopy(optimizer.state_dict())
     params[position].grad = torch.eye(3).double().to_sparse()
-    with pytest.raises(RuntimeError, match="dense gradients, got one of layout torch.sparse_coo"):
+    with pytest.raises(RuntimeError, match=r"dense gradients, got one of layout torch\.sparse_coo"):
         optimizer.step()
     for param, value in zip(params, before, strict=True):
         assert torch.equal(param, value)

@@ -54,7 +54,7 @@ def test_permuted_rows_and_columns_move_alike(seed, rows, columns, mars_type):
     generator = torch.Generator().manual_seed(seed)
     p, q = torch.randperm(rows, generator=generator), torch.randperm(columns, generator=generator)
     moved = run(start[p][:, q], [g[p][:, q] for g in grads], mars_type=mars_type)
-    # sums run in another order; Newton-Schulz multiplies rounding by 3.4445 per step for small singular values
+    # sums run in another order; Newton-Schulz grows rounding by 3.4445 per step at small singular values
     torch.testing.assert_close(moved, run(start, grads, mars_type=mars_type)[p][:, q], rtol=0, atol=1e-9)
 
 

@@ -1,4 +1,4 @@
-"""Where MARS becomes a known optimiser: the connections of the paper, against torch.optim where it has them."""
+"""Where MARS becomes a known optimiser: the connections of the paper, with torch.optim as the peer."""
 
 from dataclasses import replace
 
@@ -43,7 +43,7 @@ def test_gamma_zero_is_torch_adamw(foreach, amsgrad):
     params = parameters_of(drawn)
     expected = train(torch.optim.AdamW(params, foreach=foreach, **common), params, drawn[1])
     actual, _ = unclipped(drawn, gamma=0.0, lr_1d=0.01, weight_decay_1d=0.1, foreach=foreach, **common)
-    # the list backend does torch's operations in torch's order; the loop divides by the bias corrections first
+    # the list backend does torch's operations in torch's order; the loop divides in another one
     assert_same(actual, expected, rtol=0, atol=0 if foreach else ROUNDING)
 
 

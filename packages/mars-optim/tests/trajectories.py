@@ -1,6 +1,6 @@
 """Runs MARS beside the NumPy truth on the same gradients: what most tests of the step are made of."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import torch
@@ -33,12 +33,9 @@ def run_reference(drawn, options):
 
 def constructor_arguments(o: Options):
     """The same options as MARS takes them."""
-    names = (
-        "lr betas eps weight_decay amsgrad gamma is_approx mars_type optimize_1d betas_1d weight_decay_1d clip "
-        "clip_scope prev_grad_init matrix_ndim matrix_view second_moment decay_mode cautious orthogonalize "
-        "ns_steps ns_coefficients scale lr_1d_ratio maximize"
-    )
-    return {name: getattr(o, name) for name in names.split()}
+    dropped = {"reference_lr"}  # MARS takes it from lr at construction
+    names = [field.name for field in fields(o) if field.name not in dropped]
+    return {name: getattr(o, name) for name in names}
 
 
 def run_mars(drawn, options, *, dtype=torch.float64, **extra):

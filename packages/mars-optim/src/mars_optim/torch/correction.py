@@ -28,10 +28,13 @@ def gradient_correction(
         gamma: strength of the correction, >= 0.
 
     Raises:
-        ValueError: if beta1 is outside [0, 1) or gamma is negative.
+        ValueError: if the shapes differ, beta1 is outside [0, 1) or gamma is negative.
 
     Source: Yuan et al. 2025, eqs 3.3-3.4.
     """
+    if grad.shape != reference.shape:
+        shapes = f"{tuple(grad.shape)} and {tuple(reference.shape)}"
+        raise ValueError(f"grad and reference must have the same shape, got {shapes}")
     if not 0 <= beta1 < 1:
         raise ValueError(f"beta1 must be in [0, 1), got {beta1!r}")
     if not gamma >= 0:

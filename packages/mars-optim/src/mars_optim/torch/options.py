@@ -57,7 +57,13 @@ def path_of(param: Tensor, group: Mapping[str, Any]) -> str:
 
 
 def rule_of(group: Mapping[str, Any], path: str, *, official: bool) -> UpdateRule:
-    """The update rule of the group's tensors on one path, from the values the options have now."""
+    """The update rule of the group's tensors on one path, from its present values.
+
+    Schedulers change betas and gamma, so these are checked again; lr may be a cosine rounded below zero.
+    """
+    for name in ("betas", "betas_1d"):
+        _check_betas(name, group[name])
+    check_non_negative("gamma", group["gamma"])
     kind = KINDS[group["mars_type"]]
     plain = path == "plain"
     lr = group["lr"] * group["lr_1d_ratio"] if plain else group["lr"]
