@@ -113,9 +113,9 @@ def test_two_devices_give_the_trajectory_of_one(check):
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
         "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_X64": "1",
-        "PYTHONPATH": str(Path(__file__).parent),
     }
-    script = f"import test_jax_sharding as t; t.{check.__name__}()"
+    here = str(Path(__file__).parent)
+    script = f"import sys; sys.path.insert(0, {here!r}); import test_jax_sharding as t; t.{check.__name__}()"
     out = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
     )
