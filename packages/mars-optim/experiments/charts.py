@@ -1,6 +1,6 @@
 """The figures of the claims, as functions that draw on an empty matplotlib canvas."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -29,18 +29,19 @@ def lines(title: str, x: str, y: str, curves: dict[str, list[tuple[float, Number
     return Figure(title, draw)
 
 
-def intervals(title: str, numbers: Sequence[Number]) -> Figure:
-    """Each number as a point with its interval, one row per number."""
+def intervals(title: str, rows: Mapping[str, Number], axis: str, reference: float | None = None) -> Figure:
+    """Each number as a point with its interval, one labelled row per number; a line where nothing differs."""
 
     def draw(canvas: Any) -> None:
         axes = canvas.subplots()
-        for row, number in enumerate(numbers):
+        for row, number in enumerate(rows.values()):
             if number.bounded:
                 axes.plot([number.low, number.high], [row, row], color="C0")
             axes.plot(number.value, row, "o", color="C0")
-        axes.set(xlabel=numbers[0].unit or "ratio", yticks=range(len(numbers)))
-        axes.set_yticklabels([number.name for number in numbers])
-        axes.invert_yaxis()
+        if reference is not None:
+            axes.axvline(reference, linestyle=":", color=matplotlib.rcParams["text.color"])
+        axes.set(xlabel=axis, ylim=(len(rows) - 0.5, -0.5))
+        axes.set_yticks(range(len(rows)), list(rows))
 
     return Figure(title, draw)
 

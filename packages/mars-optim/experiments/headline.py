@@ -84,7 +84,13 @@ def compare(
             *[_interior(name, best) for name, best in chosen.items()],
         ],
         configurations=[*tried, *records(arms, seeds, losses, "report")],
-        figures=[intervals("Held-out loss of the byte-level GPT, 400 steps (nats per byte)", levels)],
+        figures=[
+            intervals(
+                "Held-out loss of the byte-level GPT, 400 steps",
+                {arm.name: level for arm, level in zip(arms, levels, strict=True)},
+                "nats per byte",
+            )
+        ],
         note="Same betas, decay, clipping and grid for every arm. The exact form uses two gradients per "
         "step: the fair opponent at equal gradients is AdamW with twice the steps.",
     )
