@@ -531,6 +531,65 @@ def test_overflow_under_grad_scaler_skips_the_step_and_leaves_everything(overflo
     assert_state_equal(optimizer.state_dict(), state)
 
 
+@pytest.mark.parametrize("way", [way_3_official_order, way_3_own_names])
+def test_look_ahead_survives_a_step_that_grad_scaler_skips(way):
+    """Batch 2 overflows: the others must move as if it had never been drawn."""
+    official = way is way_3_official_order
+    task, scaler = Softmax(), torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=1000)
+    optimizer = optimizer_for(task)
+    for t in range(6):
+        optimizer.zero_grad()
+        scaler.scale(task.loss(t + 1)).backward()
+        optimizer.update_previous_grad() if official else optimizer.record_next_batch_grad(scaler=scaler)
+        optimizer.zero_grad()
+        scaler.scale(task.loss(t)).backward()
+        if t == 2:
+            task.weight.grad[0, 0] = torch.inf
+        scaler.step(optimizer)
+        if official:
+            optimizer.update_last_grad()
+        scaler.update(1.0)
+    expected = Softmax()
+    plain = optimizer_for(expected)
+    previous = None
+    for t in (0, 1, 3, 4, 5):
+        # nothing moved at batch 2, so the point before batch 3 is the one that batch 2 was drawn at
+        current = [p.detach().clone() for p in expected.params]
+        h = None if t == 0 else gradients_at(expected, t, current if t == 3 else previous)
+        plain.zero_grad()
+        expected.loss(t).backward()
+        plain.step(prev_grads=h)
+        previous = current
+    assert_same(task.result(), expected.result(), rtol=0, atol=ROUNDING)
+
+
+def test_look_ahead_works_with_a_closure_that_is_called_once():
+    results = []
+    for with_closure in (True, False):
+        task, calls = Softmax(), []
+        optimizer = optimizer_for(task)
+        for t in range(5):
+            optimizer.zero_grad()
+            task.loss(t + 1).backward()
+            optimizer.record_next_batch_grad()
+
+            def closure(t=t, calls=calls, task=task, optimizer=optimizer):
+                calls.append(t)
+                optimizer.zero_grad()
+                loss = task.loss(t)
+                loss.backward()
+                return loss
+
+            if with_closure:
+                optimizer.step(closure)
+            else:
+                closure()
+                optimizer.step()
+        assert calls == [0, 1, 2, 3, 4]
+        results.append(task.result())
+    assert_same(results[0], results[1], rtol=0, atol=0)
+
+
 def test_skipped_tensor_stands_still_in_the_next_previous_point():
     first, second = (torch.nn.Parameter(torch.full((2, 2), 2.0)) for _ in range(2))
     optimizer = MARS([first, second], is_approx=False)

@@ -84,7 +84,8 @@ class ExactForm:
     def record_next_batch_grad(self, *, scaler: torch.amp.GradScaler | None = None) -> None:
         """Keep .grad, the next batch's gradient at the current parameters, as the h of the next step (way 3).
 
-        Call it after the next batch's backward and before the current batch's step; then clear the gradients.
+        Call it once per step, after the next batch's backward and before the current batch's step; then clear
+        Call it once per step, after the next batch's backward and before this batch's step; then clear
 
         Args:
             scaler: GradScaler by which the next batch's loss was scaled.
@@ -97,6 +98,8 @@ class ExactForm:
             if path_of(param, group) == "plain":
                 continue
             state = self.state.get(param, {})
+            if "previous_grad" in state:
+                state["last_grad"] = state.pop("previous_grad")
             if param.grad is not None:
                 remember_gradient(
                     self.state[param], "previous_grad", _unscaled(param.grad, scaler), param, group
@@ -124,7 +127,8 @@ class ExactForm:
         """Turn .grad, the current batch's gradient, into c_t inside the h buffer (way 3 with one buffer).
 
         Then clear the gradients, run the next batch's backward at the same parameters and call `step()`,
-        which uses c_t and keeps the new gradient as the next h.
+        which uses c_t and keeps the new gradient as the next h. Not for use with GradScaler,
+        which would unscale the next batch's gradient alone.
 
         Raises:
             RuntimeError: when a group is not exact, when fold() was called twice, when the h of this step is
@@ -177,7 +181,8 @@ class ExactForm:
             return closure()
 
     def _lacks_reference(self) -> bool:
-        states = [self.state.get(param, {}) for _, param in self._exact_params()]
+        corrected = [param for group, param in self._exact_params() if path_of(param, group) != "plain"]
+        states = [self.state.get(param, {}) for param in corrected]
         return any("step" in s and "last_grad" not in s and "correction_reset" not in s for s in states)
 
     def _exact_reference(self, param: Tensor) -> Tensor:
