@@ -85,7 +85,7 @@ class ExactForm:
         """Keep .grad, the next batch's gradient at the current parameters, as the h of the next step (way 3).
 
         Call it once per step, after the next batch's backward and before the current batch's step; then clear
-        Call it once per step, after the next batch's backward and before this batch's step; then clear
+        the gradients. After a step that GradScaler skipped, what was recorded before it is the h of this one.
 
         Args:
             scaler: GradScaler by which the next batch's loss was scaled.
