@@ -49,7 +49,7 @@ def test_bad_words_end_with_status_2_and_name_what_is_accepted(words):
 
 def test_a_backend_that_fails_is_reported_with_its_reason():
     pytest.importorskip("torch", reason="the backends need torch")
-    problem = command_line._step_problem("abacus", {"foreach": True})
+    problem = command_line._step_problem("abacus", foreach=True)
     assert "abacus" in command_line._verdict(problem)
     assert command_line._verdict(problem).startswith("does not work: ")
 

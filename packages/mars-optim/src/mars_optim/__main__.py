@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from . import __version__
 
 EXTRAS = {"torch": ("torch", "jaxtyping")}
-BACKENDS = {"for-loop": {"foreach": False}, "foreach": {"foreach": True}}
+BACKENDS = {"for-loop": False, "foreach": True}  # the value of the option `foreach`
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,8 +47,8 @@ def info() -> Iterator[str]:
         yield "backends: none without the extra [torch]"
         return
     for device in _devices():
-        for name, flags in BACKENDS.items():
-            yield f"backend {name} on {device}: {_verdict(_step_problem(device, flags))}"
+        for name, foreach in BACKENDS.items():
+            yield f"backend {name} on {device}: {_verdict(_step_problem(device, foreach))}"
 
 
 def _verdict(problem: str | None, cure: str | None = None) -> str:
@@ -80,7 +80,7 @@ def _devices() -> list[str]:
     return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
-def _step_problem(device: str, flags: dict[str, bool]) -> str | None:
+def _step_problem(device: str, foreach: bool) -> str | None:
     """First line of what goes wrong in one step on the device, None if nothing does."""
     import torch
 
@@ -89,7 +89,7 @@ def _step_problem(device: str, flags: dict[str, bool]) -> str | None:
     try:
         matrix = torch.nn.Parameter(torch.ones(2, 2, device=device))
         matrix.grad = torch.ones_like(matrix)
-        MARS([matrix], **flags).step()
+        MARS([matrix], foreach=foreach).step()
     except (RuntimeError, ValueError) as error:
         return _first_line(error)
     return None
