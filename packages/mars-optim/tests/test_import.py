@@ -70,3 +70,15 @@ def test_a_torch_name_without_torch_says_what_to_install(missing, name):
 def test_the_version_is_the_one_of_the_project_file():
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     assert mars_optim.__version__ == project["version"]
+
+
+def test_the_first_example_of_the_readme_trains_a_model():
+    pytest.importorskip("torch", reason="the example trains a torch model")
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    example = readme.split("```python\n")[1].split("```")[0]
+    losses = in_fresh_interpreter(
+        f"import json, torch; torch.manual_seed(0)\n{example}\n"
+        "start = torch.nn.functional.cross_entropy(torch.zeros(512, 10), y)\n"
+        "print(json.dumps([start.item(), loss.item()]))"
+    )
+    assert losses[1] < 0.8 * losses[0]  # from log 10, the loss of not knowing
