@@ -145,7 +145,9 @@ def mars(
 
     Moments and steps are computed in float32 (float64 for float64 parameters). Under
     `optax.inject_hyperparams` with low-precision parameters pass `hyperparam_dtype=jnp.float32`, and name a
-    callable `mask` or `weight_dimension_numbers` among its `static_args`.
+    callable `mask` or `weight_dimension_numbers` and a `prev_grad_dtype` among its `static_args`.
+    `optax.MultiSteps` averages gradients only: in the exact form hand it the mean of `prev_grads` over the
+    accumulated batches.
 
     Args:
         learning_rate: >= 0, or a schedule (callable of the update count, from 0).
