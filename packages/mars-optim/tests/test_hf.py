@@ -1,0 +1,407 @@
+"""MARS in the Hugging Face Trainer, on a tiny Llama and GPT-2 built from their configurations."""
+
+import copy
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    get_scheduler,
+)
+
+from mars_optim.torch import MARS
+from mars_optim.torch.hf import MARSTrainer, TrainerMARS, optimizer_cls_and_kwargs
+
+# what the two libraries warn of is not ours to fix
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+STEPS = 4
+ROUNDING = 1e-10  # float64, 4 steps; AdamW's division by small second moments amplifies rounding
+OPTIONS = {"lr": 0.01, "lr_1d": 0.02, "gamma": 0.5, "clip": 0.2}
+
+
+def llama():
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=17,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=16,
+        tie_word_embeddings=False,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config).double()
+
+
+def gpt2(dropout=0.0):
+    torch.manual_seed(2)
+    config = GPT2Config(
+        vocab_size=17,
+        n_embd=8,
+        n_layer=1,
+        n_head=2,
+        n_positions=16,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        use_cache=False,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return GPT2LMHeadModel(config).double()
+
+
+def sequences(count=32):
+    """Token sequences; the first label is ignored, so every way to count the labels agrees."""
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(0, 17, (count, 7), generator=generator)
+    return [
+        {
+            "input_ids": t,
+            "labels": torch.cat([torch.tensor([-100]), t[1:]]),
+            "attention_mask": torch.ones_like(t),
+        }
+        for t in tokens
+    ]
+
+
+class Recorder:
+    """Collates a batch and remembers it, so that a loop by hand sees the Trainer's order."""
+
+    def __init__(self):
+        self.batches = []
+
+    def __call__(self, samples):
+        self.batches.append({name: torch.stack([s[name] for s in samples]) for name in samples[0]})
+        return self.batches[-1]
+
+
+def trainer_for(model, folder, *, cls=Trainer, recorder=None, data=None, arguments=None, **extra):
+    defaults = {
+        "output_dir": str(folder),
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 2,
+        "weight_decay": 0.3,
+        "max_grad_norm": 0.5,
+        "lr_scheduler_type": "linear",
+        "report_to": [],
+        "use_cpu": True,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "seed": 4,
+    }
+    return cls(
+        model=model,
+        args=TrainingArguments(**{**defaults, **(arguments or {})}),
+        train_dataset=sequences() if data is None else data,
+        data_collator=Recorder() if recorder is None else recorder,
+        **extra,
+    )
+
+
+def by_hand(model, groups_of, batches, *, is_approx, accumulate=1, max_grad_norm=0.5, **options):
+    """The same training as a loop; the exact form by way 4 with a copy of the model as the previous point."""
+    optimizer = MARS(groups_of(model), is_approx=is_approx, **{**OPTIONS, **options})
+    schedule = get_scheduler("linear", optimizer, 0, STEPS)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    names = {p: name for name, p in model.named_parameters()}
+    previous = None
+
+    def backward(network, step):
+        part = batches[step]
+        for batch in part:
+            (network(**batch).loss / len(part)).backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), max_grad_norm)
+
+    batches = [batches[i : i + accumulate] for i in range(0, len(batches), accumulate)]
+    for step in range(STEPS):
+        h = None
+        if previous is not None and not is_approx:
+            previous.zero_grad()
+            backward(previous, step)
+            gradients = {name: p.grad for name, p in previous.named_parameters()}
+            h = [gradients[names[p]] for p in params]
+        previous = copy.deepcopy(model)
+        optimizer.zero_grad()
+        backward(model, step)
+        optimizer.step(prev_grads=h)
+        schedule.step()
+    return weights(model)
+
+
+def weights(model):
+    return {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
+
+
+def assert_same(actual, expected, *, atol):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(actual[name], value, rtol=0, atol=atol, err_msg=name)
+
+
+def decay_groups(model):
+    """The Trainer's rule, written again: biases and norms do not decay."""
+    no_decay = [p for n, p in model.named_parameters() if n.endswith("bias") or "norm" in n or "ln_" in n]
+    ids = {id(p) for p in no_decay}
+    decay = [p for p in model.parameters() if id(p) not in ids]
+    return [{"params": decay, "weight_decay": 0.3}, {"params": no_decay, "weight_decay": 0.0}]
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_trainer_with_class_and_options_equals_a_loop_by_hand(make, tmp_path):
+    model, twin, recorder = make(), make(), Recorder()
+    trainer = trainer_for(
+        model,
+        tmp_path,
+        recorder=recorder,
+        optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(model, **OPTIONS),
+    )
+    trainer.train()
+    expected = by_hand(twin, decay_groups, recorder.batches, is_approx=True)
+    assert_same(weights(model), expected, atol=ROUNDING)
+
+
+def test_trainer_with_optimizer_and_schedule_equals_a_loop_by_hand(tmp_path):
+    model, twin, recorder = llama(), llama(), Recorder()
+    optimizer = MARS(decay_groups(model), **OPTIONS)
+    schedule = get_scheduler("linear", optimizer, 0, STEPS)
+    trainer_for(model, tmp_path, recorder=recorder, optimizers=(optimizer, schedule)).train()
+    assert_same(weights(model), by_hand(twin, decay_groups, recorder.batches, is_approx=True), atol=ROUNDING)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_exact_form_through_the_trainer_equals_an_exact_loop_by_hand(make, accumulate, tmp_path):
+    model, twin, recorder = make(), make(), Recorder()
+    trainer = trainer_for(
+        model,
+        tmp_path,
+        cls=MARSTrainer,
+        recorder=recorder,
+        arguments={"gradient_accumulation_steps": accumulate},
+        optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(model, is_approx=False, **OPTIONS),
+    )
+    trainer.train()
+    expected = by_hand(twin, decay_groups, recorder.batches, is_approx=False, accumulate=accumulate)
+    assert_same(weights(model), expected, atol=ROUNDING)
+    approximate = by_hand(make(), decay_groups, recorder.batches, is_approx=True, accumulate=accumulate)
+    name = next(iter(expected))
+    assert np.abs(approximate[name] - expected[name]).max() > 1e-4  # the two forms can be told apart here
+
+
+def test_last_step_of_an_epoch_with_fewer_micro_batches_is_exact_too(tmp_path):
+    model, twin, recorder = llama(), llama(), Recorder()
+    trainer = trainer_for(
+        model,
+        tmp_path,
+        cls=MARSTrainer,
+        recorder=recorder,
+        data=sequences(6),  # three batches of two: steps of two micro-batches and of one
+        arguments={"gradient_accumulation_steps": 2},
+        optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(model, is_approx=False, **OPTIONS),
+    )
+    trainer.train()
+    uneven = UnevenBatches(recorder.batches)
+    assert_same(weights(model), by_hand(twin, decay_groups, uneven, is_approx=False), atol=ROUNDING)
+
+
+class UnevenBatches:
+    """Micro-batches in steps of two and one in turn, sliced step by step."""
+
+    def __init__(self, batches):
+        self.steps = [batches[start:stop] for start, stop in ((0, 2), (2, 3), (3, 5), (5, 6))]
+
+    def __len__(self):
+        return len(self.steps)
+
+    def __getitem__(self, index):
+        return self.steps[index.start]
+
+
+@pytest.mark.parametrize("is_approx", [True, False])
+def test_second_pass_is_paid_for_in_the_exact_form_only(is_approx, tmp_path):
+    class Counting(MARSTrainer):
+        calls = 0
+
+        def compute_loss(self, *args, **kwargs):
+            self.calls += 1
+            return super().compute_loss(*args, **kwargs)
+
+    model = llama()
+    trainer = trainer_for(
+        model,
+        tmp_path,
+        cls=Counting,
+        arguments={"gradient_accumulation_steps": 2},
+        optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(model, is_approx=is_approx, **OPTIONS),
+    )
+    trainer.train()
+    assert trainer.calls == STEPS * 2 * (1 if is_approx else 2)
+
+
+class CorrectionRatios(TrainerCallback):
+    """Asks the optimiser for its statistics before and after each step."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        self.seen = []
+
+    def on_step_begin(self, *_, **__):
+        self.optimizer.stats()
+
+    def on_step_end(self, *_, **__):
+        self.seen.append(self.optimizer.stats()["correction_ratio"])
+
+
+def test_correction_vanishes_at_lr_zero_since_dropout_masks_are_replayed(tmp_path):
+    model = gpt2(dropout=0.5)
+    optimizer = MARS(model.parameters(), lr=0.0, lr_1d_ratio=1.0, is_approx=False)
+    ratios = CorrectionRatios(optimizer)
+    trainer_for(
+        model,
+        tmp_path,
+        cls=MARSTrainer,
+        arguments={"gradient_accumulation_steps": 2},
+        optimizers=(optimizer, None),
+        callbacks=[ratios],
+    ).train()
+    assert ratios.seen == [0.0] * STEPS
+
+
+def test_plain_trainer_refuses_the_exact_form_instead_of_approximating(tmp_path):
+    model = llama()
+    trainer = trainer_for(
+        model, tmp_path, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(model, is_approx=False)
+    )
+    with pytest.raises(RuntimeError, match="at_previous_params"):
+        trainer.train()
+
+
+def test_other_optimizers_train_as_in_the_plain_trainer(tmp_path):
+    results = []
+    for cls in (Trainer, MARSTrainer):
+        model = llama()
+        trainer_for(model, tmp_path, cls=cls).train()
+        results.append(weights(model))
+    assert_same(results[1], results[0], atol=0)
+
+
+@pytest.mark.parametrize("is_approx", [True, False])
+def test_resuming_from_a_checkpoint_equals_uninterrupted_training(is_approx, tmp_path):
+    def run(folder, **arguments):
+        model = llama()
+        trainer = trainer_for(
+            model,
+            folder,
+            cls=MARSTrainer,
+            arguments={"save_strategy": "steps", "save_steps": 2, **arguments},
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(model, is_approx=is_approx, **OPTIONS),
+        )
+        return model, trainer
+
+    model, trainer = run(tmp_path)
+    trainer.train()
+    resumed, trainer = run(tmp_path)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_same(weights(resumed), weights(model), atol=0)
+
+
+def test_no_decay_group_of_the_trainer_reaches_biases_and_norms(tmp_path):
+    model = gpt2()
+    trainer = trainer_for(model, tmp_path, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(model, lr=0.01))
+    optimizer = trainer.create_optimizer()
+    assert type(optimizer) is MARS
+    decayed, spared = optimizer.param_groups
+    assert (decayed["weight_decay"], decayed["weight_decay_1d"]) == (0.3, 0.1)
+    assert (spared["weight_decay"], spared["weight_decay_1d"]) == (0.0, 0.0)
+    assert all(p.ndim == 1 for p in spared["params"])
+    assert all(p.ndim == 2 for p in decayed["params"])
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.parametrize("mars_type", ["mars-m", "shampoo"])
+def test_embeddings_and_heads_go_to_adamw_and_decay_as_the_trainer_says(mars_type, make, tmp_path):
+    model = make()
+    cls, options = optimizer_cls_and_kwargs(model, mars_type=mars_type, lr=0.01)
+    trainer = trainer_for(model, tmp_path, optimizer_cls_and_kwargs=(cls, options))
+    optimizer = trainer.create_optimizer()
+    names = {id(p): name for name, p in model.named_parameters()}
+    plain = [g for g in optimizer.param_groups if g["algorithm"] == "adamw"]
+    expected = {"model.embed_tokens.weight", "lm_head.weight"} if make is llama else WHERE_GPT2_EMBEDS
+    assert {names[id(p)] for g in plain for p in g["params"]} == expected
+    assert [(g["weight_decay"], g["weight_decay_1d"]) for g in plain] == [(0.3, 0.3)]
+    listed = [id(p) for g in optimizer.param_groups for p in g["params"]]
+    assert sorted(listed) == sorted(names)
+    trainer.train()
+
+
+WHERE_GPT2_EMBEDS = {"transformer.wte.weight", "transformer.wpe.weight"}  # the head is tied to wte
+
+
+def test_patterns_send_further_matrices_to_adamw(tmp_path):
+    model = llama()
+    chosen = optimizer_cls_and_kwargs(model, adamw_patterns=["*.o_proj.weight"])
+    optimizer = trainer_for(model, tmp_path, optimizer_cls_and_kwargs=chosen).create_optimizer()
+    assert type(optimizer) is TrainerMARS
+    plain = [p for g in optimizer.param_groups if g["algorithm"] == "adamw" for p in g["params"]]
+    assert [id(p) for p in plain] == [id(model.model.layers[0].self_attn.o_proj.weight)]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"weight_decay": 0.1}, ValueError, "weight_decay must be set in TrainingArguments.*got 0.1"),
+        ({"learning_rate": 0.1}, TypeError, "options must be arguments of MARS, got learning_rate"),
+        ({"params": []}, TypeError, "got params"),
+        ({"gamma": -1.0}, ValueError, "gamma must be"),
+        ({"adamw_patterns": ["nothing"]}, ValueError, "matches no trainable parameter"),
+    ],
+)
+def test_options_that_do_not_fit_raise_at_once(options, error, message):
+    with pytest.raises(error, match=message):
+        optimizer_cls_and_kwargs(llama(), **options)
+
+
+def test_sharded_backends_are_refused_in_the_exact_form(tmp_path, monkeypatch):
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedType
+
+    model = llama()
+    trainer = trainer_for(
+        model,
+        tmp_path,
+        cls=MARSTrainer,
+        optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(model, is_approx=False),
+    )
+    trainer.create_optimizer()
+    trainer._upcoming = [trainer.data_collator(sequences(2))]
+    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda _: DistributedType.FSDP))
+    with pytest.raises(RuntimeError, match="one process or under DDP"):
+        trainer.training_step(model, trainer._upcoming[0])
+
+
+def test_importing_the_torch_namespace_leaves_transformers_alone():
+    code = "import sys, mars_optim.torch; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
