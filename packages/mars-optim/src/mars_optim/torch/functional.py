@@ -7,7 +7,7 @@ One step t of one list, with h_t the gradient at the previous parameters (or the
     m_t = beta1 m_{t-1} + (1 - beta1) c_t                                            eq 3.9
     x_{t+1} = x_t - eta u_t - decay x_t                       u_t: direction of m_t  eqs 3.12, 3.15, 3.20
 
-`mars` takes every number it needs in an `UpdateRule` and chooses between the loop below, which is the
+`mars` takes every number it needs in an `UpdateRule` and chooses between `_loop.py`, which is the
 readable truth, and `_foreach.py`, which does the same with one call per operation and list. Neither reads a
 number back from the device.
 
@@ -16,6 +16,7 @@ Source: Yuan et al. 2025 (arXiv 2411.10438); Liu et al. 2025 (arXiv 2510.21800) 
 
 from collections.abc import Sequence
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from .rule import UpdateRule
 __all__ = ["UpdateRule", "clip_by_norm", "gradient_correction", "mars", "quasi_hyperbolic"]
 
 
+@torch.no_grad()
 def mars(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
