@@ -1,6 +1,8 @@
 """MARS in the Hugging Face Trainer, on a tiny Llama and GPT-2 built from their configurations."""
 
 import copy
+import gc
+import os
 import subprocess
 import sys
 
@@ -31,6 +33,15 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen_imports():
+    """Keep the imported modules out of the garbage collection that follows each training."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
 
 STEPS = 4
 ROUNDING = 1e-10  # float64, 4 steps; AdamW's division by small second moments amplifies rounding
@@ -238,6 +249,40 @@ class UnevenBatches:
 
     def __getitem__(self, index):
         return self.steps[index.start]
+
+
+def train_on_one_of_two(rank, world_size, folder):
+    """One rank's weights and batches; accelerate learns of the process group from the environment."""
+    from accelerate.state import AcceleratorState
+
+    launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**launched, "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
+            patch.setitem(os.environ, name, str(value))
+        model, recorder = llama(), Recorder()
+        trainer = trainer_for(
+            model,
+            folder,
+            cls=MARSTrainer,
+            recorder=recorder,
+            arguments={"gradient_accumulation_steps": 2, "ddp_backend": "gloo"},
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(model, is_approx=False, **OPTIONS),
+        )
+        trainer.train()
+        AcceleratorState._reset_state(reset_partial_state=True)
+    return weights(model), recorder.batches
+
+
+@pytest.mark.slow  # two processes import transformers
+def test_exact_form_under_ddp_with_accumulation_equals_one_process_on_the_whole_batch(
+    run_distributed, tmp_path
+):
+    # the limit is for a busy machine
+    (first, ours), (second, theirs) = run_distributed(train_on_one_of_two, 2, str(tmp_path), timeout=300)
+    whole = [batch for pair in zip(ours, theirs, strict=True) for batch in pair]
+    assert_same(second, first, atol=0)
+    expected = by_hand(llama(), decay_groups, whole, is_approx=False, accumulate=4)
+    assert_same(first, expected, atol=ROUNDING)
 
 
 @pytest.mark.parametrize("is_approx", [True, False])
