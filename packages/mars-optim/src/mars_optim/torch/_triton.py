@@ -17,7 +17,7 @@ large model with clipping is 44 bytes per parameter, not 36.
 The truth of every kernel is `_loop.mars_single`. With TRITON_INTERPRET=1 the kernels run on the CPU.
 """
 
-# ruff: noqa: SIM108  a branch on a tl.constexpr is decided by the compiler, and reads as such
+# ruff: noqa: SIM102, SIM108  a branch on a tl.constexpr is decided by the compiler, and reads as such
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
 # pyright: reportArgumentType=false
 # Triton's own language is Python only in form: kernels are indexed by a grid and their arguments are retyped
@@ -49,8 +49,8 @@ _TYPES = {
 }
 
 # rows of the table, `entries` long each; then entry and number of every chunk
-_GRAD, _REFERENCE, _STEP_READ = tl.constexpr(1), tl.constexpr(2), tl.constexpr(7)
-_STEP_WRITE, _SIZE, _FIRST_CHUNK, _ROWS = tl.constexpr(8), tl.constexpr(9), tl.constexpr(10), tl.constexpr(11)
+_GRAD, _REFERENCE, _STEP = tl.constexpr(1), tl.constexpr(2), tl.constexpr(7)
+_SIZE, _FIRST_CHUNK, _ROWS = tl.constexpr(8), tl.constexpr(9), tl.constexpr(10)
 
 # a graph replays with the addresses it has captured, so these live as long as the process
 _captured: list[Tensor] = []
@@ -157,17 +157,13 @@ def _launch(
 def _packed(table: Table, chunks: NDArray[np.int64], steps: list[Tensor] | None) -> NDArray[np.int64]:
     """The table as kernels read it: see `_ROWS`."""
     entries = len(table.sizes)
-    read = np.zeros(entries, dtype=np.int64)
-    write = np.zeros(entries, dtype=np.int64)
+    counters = np.zeros(entries, dtype=np.int64)
     if steps is not None:
-        read = np.array([step.data_ptr() for step in steps], dtype=np.int64)[table.owners]
-        # of several matrices of one tensor, one counts the step
-        write[np.unique(table.owners, return_index=True)[1]] = 1
-        write *= read
+        counters = np.array([step.data_ptr() for step in steps], dtype=np.int64)[table.owners]
     first = np.cumsum(chunks) - chunks
     owner = np.repeat(np.arange(entries), chunks)
     number = np.arange(len(owner)) - first[owner]
-    return np.concatenate([table.addresses.ravel(), read, write, table.sizes, first, owner, number])
+    return np.concatenate([table.addresses.ravel(), counters, table.sizes, first, owner, number])
 
 
 def _scalars(rule: UpdateRule) -> NDArray[np.float64]:
@@ -311,7 +307,7 @@ def _finish(
         # an infinite or NaN norm gives NaN
         tl.store(divisors + entry, tl.maximum(norm / clip, 1.0) + norm * 0)
     if COUNTING:
-        step = tl.load(table + _STEP_READ * entries + entry).to(tl.pointer_type(tl.float32))
+        step = tl.load(table + _STEP * entries + entry).to(tl.pointer_type(tl.float32))
         t = tl.load(step).to(tl.float64) + 1
         size = tl.load(scalars + 5)
         decay = tl.load(scalars + 7)
@@ -428,10 +424,9 @@ def _update(
     if CLIPPED:
         inverse = 1 / tl.load(divisors + entry * divisor_stride)
     if COUNTING:
-        counter = tl.load(table + _STEP_WRITE * entries + entry)
-        if (number == 0) & (counter != 0):
-            t = tl.load(numbers + 4 * entries + entry)
-            tl.store(counter.to(tl.pointer_type(tl.float32)), t.to(tl.float32))
+        if number == 0:  # the matrices of one tensor all write the same number
+            counter = tl.load(table + _STEP * entries + entry).to(tl.pointer_type(tl.float32))
+            tl.store(counter, tl.load(numbers + 4 * entries + entry).to(tl.float32))
     if start + CHUNK <= size:
         _update_chunk(
             table, scalars, numbers, inverse, entries, entry, start, size,
