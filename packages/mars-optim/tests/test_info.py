@@ -14,13 +14,13 @@ from mars_optim import __main__ as command_line
 def run(*words, prelude=""):
     start = "import runpy; runpy.run_module('mars_optim', run_name='__main__')"
     code = f"{prelude}\nimport sys; sys.argv[1:] = {list(words)!r}\n{start}"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
 
 
 def test_info_shows_versions_extras_and_backends():
     pytest.importorskip("torch", reason="the backends need torch")
     done = subprocess.run(
-        [sys.executable, "-m", "mars_optim", "info"], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "mars_optim", "info"], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -56,7 +56,8 @@ def test_a_backend_that_fails_is_reported_with_its_reason():
 
 def test_every_extra_of_the_project_is_reported():
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-    assert set(command_line.EXTRAS) == set(project["optional-dependencies"])
+    extras = project["optional-dependencies"]
+    assert set(command_line.EXTRAS) == set(extras)
     for extra, modules in command_line.EXTRAS.items():
-        requirements = " ".join(project["optional-dependencies"][extra])
-        assert all(module in requirements for module in modules)
+        requirements = " ".join(extras[extra]).replace("mars-optim[torch]", " ".join(extras["torch"]))
+        assert [module for module in modules if module not in requirements] == []

@@ -12,7 +12,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 from . import __version__
 
-EXTRAS = {"torch": ("torch", "jaxtyping")}
+EXTRAS = {
+    "torch": ("torch", "jaxtyping"),
+    "jax": ("jax", "optax", "jaxtyping"),
+    "hf": ("torch", "jaxtyping", "transformers", "accelerate"),
+}
 BACKENDS = {"for-loop": False, "foreach": True}  # the value of the option `foreach`
 
 
