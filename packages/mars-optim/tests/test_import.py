@@ -67,6 +67,18 @@ def test_a_torch_name_without_torch_says_what_to_install(missing, name):
     assert 'pip install "mars-optim[torch]"' in message
 
 
+@pytest.mark.parametrize("missing", ["torch", "jaxtyping"])
+def test_the_torch_namespace_without_torch_says_what_to_install(missing):
+    message = in_fresh_interpreter(
+        f"import sys, json; sys.modules[{missing!r}] = None\n"
+        "try: import mars_optim.torch\n"
+        "except ImportError as error: print(json.dumps(str(error)))\n"
+        "else: print(json.dumps('no error'))"
+    )
+    assert f"{missing} is not installed" in message
+    assert 'pip install "mars-optim[torch]"' in message
+
+
 def test_the_version_is_the_one_of_the_project_file():
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     assert mars_optim.__version__ == project["version"]

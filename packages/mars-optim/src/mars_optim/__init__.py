@@ -31,22 +31,13 @@ _HOME = {
     "noise_ratio": "theory",
     "storm_schedule": "theory",
 }
-_NEEDED_BY_TORCH = ("torch", "jaxtyping")
 
 
 def __getattr__(name: str) -> object:
-    """Load an exported name from the submodule it lives in, once."""
+    """Load an exported name from the submodule it lives in, once; without torch that says what to install."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        value = getattr(import_module(f".{_HOME[name]}", __name__), name)
-    except ModuleNotFoundError as error:
-        if _HOME[name] != "torch" or error.name not in _NEEDED_BY_TORCH:
-            raise
-        raise ImportError(
-            f'mars_optim.{name} needs {error.name}, which is not installed: pip install "mars-optim[torch]"',
-            name=error.name,
-        ) from error
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
     globals()[name] = value
     return value
 

@@ -1,5 +1,15 @@
 """MARS for PyTorch: the optimiser, its functional core, and what belongs to it."""
 
+try:
+    import jaxtyping  # noqa: F401
+    import torch  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ImportError(
+        f"mars_optim.torch needs torch and jaxtyping, and {error.name} is not installed: "
+        'pip install "mars-optim[torch]"',
+        name=error.name,
+    ) from error
+
 from .diagnostics import estimator_error
 from .functional import UpdateRule, clip_by_norm, gradient_correction, mars, quasi_hyperbolic
 from .optimizer import MARS
