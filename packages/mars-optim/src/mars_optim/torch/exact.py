@@ -24,7 +24,7 @@ from torch import Tensor
 from .correction import gradient_correction, working_dtype
 from .gradients import objective_gradient
 from .options import path_of
-from .state import remember_gradient
+from .state import is_dtensor, remember_gradient
 
 _FOUR_WAYS = (
     "the exact form (is_approx=False) needs the gradient of this batch at the previous parameters; "
@@ -277,7 +277,7 @@ class ExactForm:
     def _keep_pending(self, params: list[Tensor], scaler: torch.amp.GradScaler | None) -> None:
         pending = {id(p): _unscaled(p.grad, scaler) for p in params if p.grad is not None}
         if scaler is not None and pending:
-            finite = [torch.isfinite(h).all().cpu() for h in pending.values()]
+            finite = [_on_all_ranks(torch.isfinite(h).all()).cpu() for h in pending.values()]
             self._overflow = ~torch.stack(finite).all()
         self._pending, self._source = pending, "previous parameters"
 
@@ -346,6 +346,10 @@ class ExactForm:
         return names
 
 
+def _on_all_ranks(value: Tensor) -> Tensor:
+    return value.full_tensor() if is_dtensor(value) else value  # pyright: ignore[reportAttributeAccessIssue]
+
+
 @torch.no_grad()
 def _swap(pairs: list[tuple[Tensor, Tensor]]) -> None:
     """Exchange contents one tensor at a time, which is exact and needs room for one tensor."""
@@ -356,8 +360,9 @@ def _swap(pairs: list[tuple[Tensor, Tensor]]) -> None:
 
 
 def _require_like(param: Tensor, value: Tensor, name: str) -> None:
-    for what in ("shape", "dtype", "device"):
-        wanted, got = getattr(param, what), getattr(value, what)
+    for what in ("shape", "dtype", "device", "placements"):  # plain tensors have no placements
+        pair: list[Any] = [getattr(tensor, what, None) for tensor in (param, value)]
+        wanted, got = pair
         if wanted != got:
             wanted, got = (tuple(wanted), tuple(got)) if what == "shape" else (wanted, got)
             raise ValueError(f"prev_grads for parameter {name} must have {what} {wanted}, got {got}")

@@ -14,7 +14,6 @@ Source: Yuan et al. 2025 (arXiv 2411.10438); Liu et al. 2025 (arXiv 2510.21800).
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,31 +22,20 @@ from torch import Tensor
 from .correction import norm_of, working_dtype
 from .exact import ExactForm
 from .functional import mars
-from .gradients import corrected_gradient, objective_gradient
-from .options import check_options, path_of, resolved_decay, resolved_ratio, rule_of
+from .gradients import objective_gradient
+from .options import check_choice, check_options, path_of, resolved_decay, resolved_ratio, rule_of
 from .orthogonalize import QUINTIC
 from .rule import UpdateRule
-from .state import prepare_state, remember_gradient, restore_state
+from .state import is_dtensor, own_part, prepare_state, remember_gradient, restore_state
+from .tasks import Task, buckets_of, global_norm, gradient_lists, squares_of_shards
 
 _LARGEST_QUIET_GAMMA = 0.2
-
-
-@dataclass(frozen=True)
-class _Task:
-    """One tensor's part in the step: what moves, along which gradient, corrected against what."""
-
-    param: Tensor
-    grad: Tensor
-    reference: Tensor | None  # None: the gradient needs no correction
-    rule: UpdateRule
-    group: dict[str, Any]
-    corrected: bool  # whether the tensor follows MARS rather than plain AdamW
 
 
 class MARS(ExactForm, torch.optim.Optimizer):
     """Optimiser of all MARS types, in the approximate (default) and the exact form.
 
-    Every argument except `foreach` and `preset` is a default for the key of the same name in
+    Every argument except `distributed`, `foreach` and `preset` is a default for the key of the same name in
     `param_groups`, may differ between groups and is read again at each step, so schedulers may change it.
 
     Args:
@@ -90,6 +78,9 @@ class MARS(ExactForm, torch.optim.Optimizer):
         state_dtype: dtype of exp_avg and exp_avg_sq; None: that of the parameter, float32 for half precision.
         prev_grad_dtype: dtype of last_grad; None: that of the gradient.
         lr_1d_ratio: lr of plain AdamW over lr; None: lr_1d / lr.
+        distributed: how sharded (DTensor) momenta are orthogonalised: "owner" (what "auto" chooses) sends
+            each matrix to one rank and the factor back, "gather" repeats the work on every rank, and
+            "blockwise" takes each shard alone, which is another algorithm.
         preset: None, or "official", which sets prev_grad_init="zero", matrix_ndim="==2", bfloat16
             Newton-Schulz, the AdamW epsilon of the MARS-M release, and lets weight_decay_1d rule every
             plain-AdamW tensor.
@@ -134,6 +125,7 @@ class MARS(ExactForm, torch.optim.Optimizer):
         state_dtype: torch.dtype | None = None,
         prev_grad_dtype: torch.dtype | None = None,
         lr_1d_ratio: float | None = None,
+        distributed: str = "auto",
         preset: str | None = None,
         foreach: bool | None = None,
         maximize: bool = False,
@@ -145,7 +137,9 @@ class MARS(ExactForm, torch.optim.Optimizer):
         if preset == "official":
             prev_grad_init, matrix_ndim = "zero", "==2"
             ns_dtype = torch.bfloat16 if ns_dtype is None else ns_dtype
+        check_choice("distributed", distributed, ("auto", "gather", "owner", "blockwise"))
         self._preset = preset
+        self._distributed = distributed
         self._foreach = foreach
         self._default_weight_decay = weight_decay
         self._warned_of_gamma = False
@@ -247,9 +241,11 @@ class MARS(ExactForm, torch.optim.Optimizer):
         tasks = [task for group in self.param_groups for task in self._tasks(group)]
         self._last_divisors = []
         self._last_ratios = None if self._last_ratios is None else []
-        norms = self._global_norm(tasks)
-        for bucket in self._buckets(tasks):
-            self._update(bucket, norms)
+        buckets = buckets_of(tasks, self._foreach_allowed)
+        squares = squares_of_shards(buckets, self._effective)
+        norms = global_norm(tasks, self._effective, squares)
+        for bucket in buckets:
+            self._update(bucket, norms, squares)
         self._after_step({id(task.param) for task in tasks})
         return loss
 
@@ -314,7 +310,7 @@ class MARS(ExactForm, torch.optim.Optimizer):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_preset", "_foreach", "_default_weight_decay", "_warned_of_gamma")
+        own = ("_preset", "_distributed", "_foreach", "_default_weight_decay", "_warned_of_gamma")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -323,7 +319,7 @@ class MARS(ExactForm, torch.optim.Optimizer):
         self._last_ratios = None
         self._forget_references()
 
-    def _tasks(self, group: dict[str, Any]) -> Iterator[_Task]:
+    def _tasks(self, group: dict[str, Any]) -> Iterator[Task]:
         """What this step does with the group. Raises for whatever is missing or wrong; changes nothing."""
         self._warn_of_gamma(group)
         rules: dict[str, UpdateRule] = {}
@@ -342,7 +338,11 @@ class MARS(ExactForm, torch.optim.Optimizer):
             reference = None
             if corrected and folded is None and not rule.quasi_hyperbolic:
                 reference = self._reference(param, grad, group)
-            yield _Task(param, grad, reference, rule, group, corrected)
+            if is_dtensor(param) or is_dtensor(grad):
+                from .shards import check_shardable
+
+                check_shardable(param, grad, reference, self.state.get(param, {}), rule)
+            yield Task(param, grad, reference, rule, group, corrected)
 
     def _reference(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor:
         """h_t: given (exact), remembered (approximate) or, at the first step, by `prev_grad_init`."""
@@ -355,7 +355,7 @@ class MARS(ExactForm, torch.optim.Optimizer):
             return state.get("last_grad", grad)
         return self._exact_reference(param)
 
-    def _effective(self, task: _Task) -> tuple[Tensor, Tensor | None]:
+    def _effective(self, task: Task) -> tuple[Tensor, Tensor | None]:
         """The pair g, h as the mathematics sees them; h is None where nothing is corrected."""
         group, grad, reference = task.group, task.grad, task.reference
         if self._folded:
@@ -370,53 +370,37 @@ class MARS(ExactForm, torch.optim.Optimizer):
             return g, reference
         return g, objective_gradient(task.param, reference, state.get("prev_param"), group)
 
-    def _global_norm(self, tasks: list[_Task]) -> dict[torch.device, Tensor]:
-        """The common norm of all corrected gradients whose groups clip globally, on every device."""
-        squares = []
-        for task in tasks:
-            if task.corrected and task.group["clip_scope"] == "global" and task.rule.clip is not None:
-                g, h = self._effective(task)
-                squares.append(norm_of(corrected_gradient(task.param, g, h, task.rule)).double().square())
-        if not squares:
-            return {}
-        total = torch.stack([s.to(squares[0].device) for s in squares]).sum().sqrt()
-        return {task.param.device: total.to(task.param.device) for task in tasks}
-
-    def _buckets(self, tasks: list[_Task]) -> Iterable[list[_Task]]:
-        """Tasks that one call of `mars` can do together."""
-        buckets: dict[tuple[object, ...], list[_Task]] = {}
-        for task in tasks:
-            param = task.param
-            key = (task.rule, id(task.group), self._foreach_allowed(param), param.dtype, param.device)
-            buckets.setdefault(key, []).append(task)
-        return buckets.values()
-
-    def _update(self, bucket: list[_Task], norms: dict[torch.device, Tensor]) -> None:
+    def _update(
+        self, bucket: list[Task], norms: dict[torch.device, Tensor], squares: dict[int, Tensor]
+    ) -> None:
         first = bucket[0]
         rule, group, param = first.rule, first.group, first.param
-        pairs = [self._effective(task) for task in bucket]
-        grads = [g for g, _ in pairs]
-        references = [h for _, h in pairs if h is not None]
+        params, grads, references = gradient_lists(bucket, self._effective)
         states = [self.state[task.param] for task in bucket]
         for state, task, g in zip(states, bucket, grads, strict=True):
             prepare_state(state, task.param, g, rule, group)
         norm = norms.get(param.device) if group["clip_scope"] == "global" else None
         if self._last_ratios is not None:
-            for g, h in zip(grads, references, strict=False):
+            for g, h in zip(grads, references or [], strict=False):
+                g, h = own_part(g), own_part(h)
                 self._last_ratios.append(rule.correction_factor * norm_of(g - h) / norm_of(g))
-        self._remember_params(group, [task.param for task in bucket])
-        divisors = mars(
-            [task.param for task in bucket],
+        self._remember_params(group, params)
+        lists = (
+            params,
             grads,
-            references or None,
+            references,
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states] if rule.has_second_moment else [],
             [state["max_exp_avg_sq"] for state in states] if rule.has_second_moment and rule.amsgrad else [],
             [state["step"] for state in states],
-            rule,
-            foreach=self._foreach_allowed(param),
-            norm=None if norm is None else norm.to(working_dtype(param.dtype)),
         )
+        norm = None if norm is None else norm.to(working_dtype(param.dtype))
+        if is_dtensor(param):
+            from .distributed import mars_sharded
+
+            divisors = mars_sharded(*lists, rule, norm=norm, squares=squares, how=self._distributed)
+        else:
+            divisors = mars(*lists, rule, foreach=self._foreach_allowed(param), norm=norm)
         self._last_divisors += divisors
         if group["is_approx"] and first.corrected and not rule.quasi_hyperbolic:
             for state, task, g in zip(states, bucket, grads, strict=True):

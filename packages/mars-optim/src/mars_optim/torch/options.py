@@ -5,7 +5,7 @@ into the numbers of this step; both read the group anew each time, so schedulers
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -141,9 +141,7 @@ def check_options(group: Mapping[str, Any]) -> None:
         if not 0 < group["clip"] < math.inf:
             raise ValueError(f"clip must be finite and > 0 (None turns clipping off), got {group['clip']!r}")
     for name, choices in _CHOICES.items():
-        if group[name] not in choices:
-            valid = ", ".join(repr(choice) for choice in choices)
-            raise ValueError(f"{name} must be one of {valid}, got {group[name]!r}")
+        check_choice(name, group[name], choices)
     for name in _SWITCHES:
         if not isinstance(group[name], bool):
             raise TypeError(f"{name} must be True or False, got {group[name]!r}")
@@ -151,6 +149,12 @@ def check_options(group: Mapping[str, Any]) -> None:
     for name in ("ns_dtype", "state_dtype", "prev_grad_dtype"):
         _check_dtype(name, group[name])
     _check_combinations(group)
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Raise unless the value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def check_non_negative(name: str, value: object) -> None:

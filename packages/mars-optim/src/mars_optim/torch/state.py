@@ -49,7 +49,21 @@ def remember_gradient(
         state[name] = torch.empty_like(
             param, dtype=grad.dtype if dtype is None or grad.is_complex() else dtype
         )
-    state[name].copy_(grad)
+    # local parts of DTensors cost no dispatch; a gradient may be placed otherwise than its parameter
+    placed_alike = getattr(grad, "placements", None) == getattr(state[name], "placements", None)
+    target, source = (own_part(state[name]), own_part(grad)) if placed_alike else (state[name], grad)
+    target.copy_(source)
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether a tensor is spread over a mesh; asks without importing torch.distributed.tensor."""
+    return hasattr(tensor, "device_mesh")
+
+
+@torch.no_grad()
+def own_part(tensor: Tensor) -> Tensor:
+    """The part of a DTensor that this rank holds; a plain tensor as it is."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def restore_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:

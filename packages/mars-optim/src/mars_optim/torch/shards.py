@@ -1,0 +1,206 @@
+"""How DTensor parameters lie on their meshes, and the norms of whole tensors from the parts that ranks hold.
+
+All norms of a step travel in one vector per mesh, with one all-reduce over each mesh dimension that shards
+anything and none over a dimension that only replicates.
+
+This module imports torch.distributed.tensor, so import it only where there is a DTensor.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Shard
+from torch.distributed.tensor.placement_types import Placement
+
+from .rule import UpdateRule
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a DTensor lies on its mesh.
+
+    Args:
+        mesh: the mesh of devices.
+        placements: one placement per mesh dimension.
+        shape: shape of the whole tensor.
+    """
+
+    mesh: DeviceMesh
+    placements: tuple[Placement, ...]
+    shape: torch.Size
+
+    @classmethod
+    def of(cls, tensor: DTensor) -> "Layout":
+        """The layout of a DTensor."""
+        return cls(tensor.device_mesh, tuple(tensor.placements), tensor.shape)
+
+    @property
+    def sharding(self) -> tuple[int, ...]:
+        """Mesh dimensions along which ranks hold different entries."""
+        return tuple(
+            i for i, p in enumerate(self.placements) if not p.is_replicate() and self.mesh.size(i) > 1
+        )
+
+    @property
+    def regular(self) -> bool:
+        """Whether every sharding dimension cuts consecutive blocks (FSDP over TP interleaves them)."""
+        return all(type(self.placements[i]) is Shard for i in self.sharding)
+
+    def sharded_axes(self) -> set[int]:
+        """Axes of the tensor that are cut, counted from 0."""
+        dims = [self.placements[i].dim for i in self.sharding]  # pyright: ignore[reportAttributeAccessIssue]
+        return {dim % max(len(self.shape), 1) for dim in dims}
+
+    def box(self, coordinate: Sequence[int]) -> tuple[slice, ...]:
+        """The entries that the rank at a mesh coordinate holds, for a regular layout."""
+        starts, sizes = [0] * len(self.shape), list(self.shape)
+        for i in self.sharding:
+            axis = self.placements[i].dim % len(self.shape)  # pyright: ignore[reportAttributeAccessIssue]
+            chunk = -(-sizes[axis] // self.mesh.size(i))
+            before = min(coordinate[i] * chunk, sizes[axis])
+            starts[axis] += before
+            sizes[axis] = min(chunk, sizes[axis] - before)
+        return tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
+
+    def own_box(self) -> tuple[slice, ...]:
+        """The entries that this rank holds, for a regular layout."""
+        return self.box(_coordinate(self.mesh))
+
+
+def check_shardable(
+    param: Tensor, grad: Tensor, reference: Tensor | None, state: Mapping[str, Any], rule: UpdateRule
+) -> None:
+    """Raise unless a step can work on the local parts of everything that belongs to the parameter.
+
+    Raises:
+        ValueError: if only one of parameter and gradient is a DTensor; if the parameter is complex or a
+            Partial sum; if a gradient lies on another mesh, or a state tensor not as the parameter does; if
+            the matrices of a stack would have to be found in interleaved shards.
+    """
+    if not isinstance(param, DTensor):
+        raise ValueError("the gradient of a plain parameter must be a plain tensor, got a DTensor")
+    layout = Layout.of(param)
+    if param.is_complex():
+        raise ValueError(f"a DTensor parameter must be real, got dtype {param.dtype}")
+    if any(isinstance(placement, Partial) for placement in layout.placements):
+        raise ValueError(f"a parameter must be replicated or sharded, got placements {layout.placements}")
+    if stacked(layout.shape, rule.batched) and not layout.regular:
+        raise ValueError(f'matrix_view="batch" needs placements Shard or Replicate, got {layout.placements}')
+    for what, tensor in (("gradient", grad), ("reference gradient", reference)):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, DTensor):
+            raise ValueError(f"the {what} of a DTensor parameter must be a DTensor, got a plain tensor")
+        if tensor.device_mesh != layout.mesh:
+            raise ValueError(
+                f"the {what} must lie on the mesh of its parameter, {layout.mesh}, got {tensor.device_mesh}"
+            )
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.ndim and _placements(value) != layout.placements:
+            raise ValueError(
+                f"the state {name!r} must be placed like its parameter, {layout.placements}, "
+                f"got {_placements(value) or 'a plain tensor'}"
+            )
+
+
+@torch.no_grad()
+def local_part(tensor: Tensor, param: DTensor) -> Tensor:
+    """This rank's part of a DTensor, laid out as the parameter: the very memory where it is so already."""
+    if not isinstance(tensor, DTensor):
+        raise ValueError("what belongs to a DTensor parameter must be a DTensor, got a plain tensor")
+    if tensor.placements != param.placements:
+        tensor = tensor.redistribute(placements=param.placements)
+    return tensor.to_local()
+
+
+def squared_norms(
+    parts: Iterable[Tensor], layouts: Sequence[Layout], batched: Sequence[bool]
+) -> list[Tensor]:
+    """Squared Frobenius norms of whole tensors from their local parts, in float64.
+
+    Args:
+        parts: local parts.
+        layouts: how the tensors lie.
+        batched: whether a tensor of three or more axes has one norm per matrix.
+
+    Returns:
+        For every tensor a vector of its squared norms: one, or batched one per matrix of the whole tensor.
+    """
+    squares = [
+        own_squares(part, layout, each) for part, layout, each in zip(parts, layouts, batched, strict=True)
+    ]
+    return summed_over_ranks(squares, layouts)
+
+
+def own_squares(part: Tensor, layout: Layout, batched: bool) -> Tensor:
+    """Squared norms of what this rank holds, a vector in float64 in the form of `squared_norms`."""
+    if not stacked(layout.shape, batched):
+        return torch.linalg.vector_norm(part).double().square().reshape(1)
+    squares = torch.zeros(layout.shape[:-2], dtype=torch.float64, device=part.device)
+    squares[layout.own_box()[:-2]] = torch.linalg.vector_norm(part, dim=(-2, -1)).double().square()
+    return squares.flatten()
+
+
+def summed_over_ranks(squares: Sequence[Tensor], layouts: Sequence[Layout]) -> list[Tensor]:
+    """Sums of vectors over the ranks that share a tensor.
+
+    Per mesh there is one vector for all tensors and one all-reduce over every dimension that shards any of
+    them. A tensor that such a dimension replicates is counted at its first coordinate only.
+    """
+    sums = list(squares)
+    for members in _by_mesh(layouts).values():
+        mesh = layouts[members[0]].mesh
+        dims = sorted({dim for i in members for dim in layouts[i].sharding})
+        if not dims:
+            continue
+        here = _coordinate(mesh)
+        vector = torch.cat([_counted(squares[i], layouts[i], dims, here) for i in members])
+        for dim in dims:
+            dist.all_reduce(vector, group=mesh.get_group(dim))
+        for i, total in zip(members, vector.split([squares[i].numel() for i in members]), strict=True):
+            sums[i] = total
+    return sums
+
+
+def own_norm(squared: Tensor, layout: Layout, batched: bool) -> Tensor:
+    """The norm that divides this rank's part: 0-d, or for a stack shaped to divide each matrix by its own."""
+    norm = squared.sqrt()
+    if not stacked(layout.shape, batched):
+        return norm.reshape(())
+    batch = layout.own_box()[:-2]
+    return norm.view(layout.shape[:-2])[batch][..., None, None]
+
+
+def stacked(shape: Sequence[int], batched: bool) -> bool:
+    """Whether the tensor counts as a stack of matrices, each with its own norm."""
+    return batched and len(shape) >= 3
+
+
+def _placements(tensor: Tensor) -> tuple[Placement, ...] | None:
+    return tuple(tensor.placements) if isinstance(tensor, DTensor) else None
+
+
+def _counted(squares: Tensor, layout: Layout, dims: Sequence[int], here: Sequence[int]) -> Tensor:
+    """The squares, or zeros where another rank of the reduced dimensions counts the same entries."""
+    again = any(here[dim] > 0 for dim in dims if dim not in layout.sharding)
+    return torch.zeros_like(squares) if again else squares
+
+
+def _by_mesh(layouts: Sequence[Layout]) -> dict[DeviceMesh, list[int]]:
+    meshes: dict[DeviceMesh, list[int]] = defaultdict(list)
+    for i, layout in enumerate(layouts):
+        meshes[layout.mesh].append(i)
+    return meshes
+
+
+def _coordinate(mesh: DeviceMesh) -> Sequence[int]:
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        raise RuntimeError(f"this rank holds a parameter of {mesh} but is not part of it")
+    return coordinate
