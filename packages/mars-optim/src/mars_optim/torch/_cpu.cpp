@@ -330,6 +330,14 @@ void run(const Job& job) {
 
 }  // namespace
 
+// Adds one to every counter and says what it is now: a list operation on a thousand scalars takes milliseconds.
+extern "C" void mars_count(int64_t count, const int64_t* addresses, double* values) {
+  for (int64_t i = 0; i < count; ++i) {
+    float* counter = reinterpret_cast<float*>(addresses[i]);
+    values[i] = *counter += 1;
+  }
+}
+
 extern "C" void mars_step(const Job* job) {
   if (job->working == FLOAT64) {
     run<double>(*job);

@@ -117,7 +117,7 @@ def available_or_warn() -> bool:
 
 def _launch(table: Table, steps: list[Tensor], rule: UpdateRule, given: Tensor | None) -> Tensor | None:
     kernels = _library()
-    numbers = step_numbers(host_steps(steps), rule)[:, table.owners]
+    numbers = step_numbers(_counted(steps), rule)[:, table.owners]
     columns = [np.ascontiguousarray(row) for row in numbers]
     divisors = partials = None
     if rule.clip is None:
@@ -155,6 +155,16 @@ def _launch(table: Table, steps: list[Tensor], rule: UpdateRule, given: Tensor |
     return divisors if clipping == _CLIP_OWN else None
 
 
+def _counted(steps: list[Tensor]) -> list[float]:
+    """Count the step and read the counters."""
+    if any(step.dtype != torch.float32 for step in steps):
+        return host_steps(steps)
+    addresses = np.array(list(map(Tensor.data_ptr, steps)), dtype=np.int64)
+    values = np.empty(len(steps))
+    _library().mars_count(len(steps), _address(addresses), _address(values))
+    return values.tolist()
+
+
 def _address(array: NDArray[np.int64] | NDArray[np.float64]) -> int:
     return array.ctypes.data
 
@@ -173,6 +183,8 @@ def _library() -> ctypes.CDLL:
         raise RuntimeError(f"cannot build or load {name}: {error}") from error
     library.mars_step.argtypes = (ctypes.POINTER(_Job),)
     library.mars_step.restype = None
+    library.mars_count.argtypes = (ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)
+    library.mars_count.restype = None
     return library
 
 

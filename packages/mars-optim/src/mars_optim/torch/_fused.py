@@ -27,9 +27,10 @@ from .rule import ORTHOGONALISED, UpdateRule
 
 # the order in which kernels number the streams
 STREAMS = ("param", "grad", "reference", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "store")
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_TAKEN = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
 
 Lists = tuple[list[Tensor] | None, ...]
+Dtypes = tuple[torch.dtype | None, ...]
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Table:
     addresses: NDArray[np.int64]
     sizes: NDArray[np.int64]
     owners: NDArray[np.int64]
-    dtypes: tuple[torch.dtype | None, ...]
+    dtypes: Dtypes
     working: torch.dtype
     device: torch.device
 
@@ -116,24 +117,44 @@ def step_numbers(steps: Iterable[float], rule: UpdateRule) -> NDArray[np.float64
     return np.array([known[t] for t in steps], dtype=np.float64).reshape(-1, 3).T
 
 
-def _groups(lists: Lists, rule: UpdateRule) -> dict[tuple[torch.dtype | None, ...] | None, list[int]]:
+def _groups(lists: Lists, rule: UpdateRule) -> dict[Dtypes | None, list[int]]:
     """Positions by dtype combination; None collects what is left to the list backend."""
-    groups: dict[tuple[torch.dtype | None, ...] | None, list[int]] = {}
-    # the mean of the cautious mask must be known before anything moves, which would take one more pass
-    by_lists = rule.cautious and rule.kind not in ORTHOGONALISED
     params = lists[0] or []
+    # the mean of the cautious mask must be known before anything moves, which would take one more pass
+    if rule.cautious and rule.kind not in ORTHOGONALISED:
+        return {None: list(range(len(params)))}
+    alike = _alike(lists)
+    if alike is not None:
+        return {alike: list(range(len(params)))}
+    groups: dict[Dtypes | None, list[int]] = {}
     for i, param in enumerate(params):
         tensors = [None if tensors is None else tensors[i] for tensors in lists]
-        fits = not by_lists and _walkable([t for t in tensors if t is not None], rule.batched)
+        fits = param.numel() and _walkable([t for t in tensors if t is not None], rule.batched)
         key = tuple(None if t is None else t.dtype for t in tensors) if fits else None
-        groups.setdefault(key if param.numel() else None, []).append(i)
+        groups.setdefault(key, []).append(i)
     return groups
+
+
+def _alike(lists: Lists) -> Dtypes | None:
+    """The dtypes of all tensors if they are the usual case: contiguous, not empty and of one combination.
+
+    Asked list by list, because for a thousand small tensors questions cost more than the step.
+    """
+    present = [tensors for tensors in lists if tensors is not None]
+    dtypes = [None if tensors is None else {t.dtype for t in tensors} for tensors in lists]
+    usual = (
+        all(kinds is None or (len(kinds) == 1 and kinds <= _TAKEN) for kinds in dtypes)
+        and len({t.device for tensors in present for t in tensors}) == 1
+        and all(all(map(Tensor.is_contiguous, tensors)) for tensors in present)
+        and all(map(Tensor.numel, present[0]))
+    )
+    return tuple(None if kinds is None else next(iter(kinds)) for kinds in dtypes) if usual else None
 
 
 def _walkable(tensors: Sequence[Tensor], batched: bool) -> bool:
     """Whether one running index visits the same element in all tensors and skips no memory."""
     first = tensors[0]
-    if any(t.dtype not in DTYPES or t.device != first.device for t in tensors):
+    if any(t.dtype not in _TAKEN or t.device != first.device for t in tensors):
         return False
     if all(t.is_contiguous() for t in tensors):
         return True
@@ -161,7 +182,7 @@ def _by_lists(lists: Lists, steps: list[Tensor], rule: UpdateRule, norm: Tensor 
 def _by_kernel(
     launch: Launch,
     lists: Lists,
-    dtypes: tuple[torch.dtype | None, ...],
+    dtypes: Dtypes,
     steps: list[Tensor],
     rule: UpdateRule,
     norm: Tensor | None,
@@ -182,15 +203,13 @@ def _by_kernel(
     return [] if divisors is None else _per_tensor(divisors, params, rule.batched)
 
 
-def _table(
-    lists: Lists, dtypes: tuple[torch.dtype | None, ...], working: torch.dtype, batched: bool
-) -> Table:
+def _table(lists: Lists, dtypes: Dtypes, working: torch.dtype, batched: bool) -> Table:
     params = lists[0] or []
     starts = np.array(
-        [[0] * len(params) if tensors is None else [t.data_ptr() for t in tensors] for tensors in lists],
+        [[0] * len(params) if tensors is None else list(map(Tensor.data_ptr, tensors)) for tensors in lists],
         dtype=np.int64,
     )
-    sizes = np.array([param.numel() for param in params], dtype=np.int64)
+    sizes = np.array(list(map(Tensor.numel, params)), dtype=np.int64)
     owners = np.arange(len(params), dtype=np.int64)
     if batched and any(param.ndim >= 3 for param in params):
         slices = np.array([_slices(param) for param in params], dtype=np.int64)
