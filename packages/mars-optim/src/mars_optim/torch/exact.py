@@ -34,13 +34,15 @@ _FOUR_WAYS = (
 
 
 class ExactForm:
-    """Mixin of `MARS`: collects h_t and hands it to the step."""
+    """Mixin of `MARS` and `VarianceReduced`: collects h_t and hands it to the step.
+
+    Groups must hold is_approx, gamma, prev_grad_init and prev_grad_dtype. The methods that read more of a
+    group speak of MARS's; the wrapper, whose groups belong to another optimiser, has its own.
+    """
 
     if TYPE_CHECKING:
         param_groups: list[dict[str, Any]]
         state: defaultdict[Tensor, Any]
-
-        def _reference(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor: ...
 
     @contextmanager
     def at_previous_params(
@@ -95,7 +97,7 @@ class ExactForm:
         """
         self._require_exact("record_next_batch_grad()")
         for group, param in self._exact_params():
-            if path_of(param, group) == "plain":
+            if not self._corrects(param, group):
                 continue
             state = self.state.get(param, {})
             if "previous_grad" in state:
@@ -139,7 +141,7 @@ class ExactForm:
         for group in self.param_groups:
             if group["is_approx"]:
                 raise RuntimeError("fold() needs is_approx=False in every group")
-            if group["second_moment"] == "grad" or group["cautious"]:
+            if self._reads_plain_gradient(group):
                 raise RuntimeError(
                     'fold() keeps c_t alone, but second_moment="grad" and cautious=True need g_t'
                 )
@@ -151,10 +153,42 @@ class ExactForm:
             remember_gradient(self.state[param], "last_grad", gradient, param, group)
             self._folded.add(id(param))
 
+    def reset_correction(self) -> None:
+        """Take c_t = g_t at every parameter's next step: after a jump of the learning rate or the data."""
+        self._forget_references()
+        for state in self.state.values():
+            for name in ("last_grad", "previous_grad", "prev_param"):
+                state.pop(name, None)
+            if "step" in state:
+                state["correction_reset"] = True
+
+    def _corrects(self, param: Tensor, group: dict[str, Any], /) -> bool:
+        """Whether the tensor's gradient is corrected at all."""
+        return path_of(param, group) != "plain"
+
+    def _reads_plain_gradient(self, group: dict[str, Any], /) -> bool:
+        """Whether the step reads g_t beside c_t."""
+        return group["second_moment"] == "grad" or group["cautious"]
+
+    def _needs_previous_point(self, group: dict[str, Any], /) -> bool:
+        """Whether h_t depends on x_{t-1} itself, whatever way supplied it."""
+        return group["decay_mode"] == "l2" and not group["is_approx"]
+
+    def _reference(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor:
+        """h_t: given (exact), remembered (approximate) or, at the first step, by `prev_grad_init`."""
+        state = self.state.get(param, {})
+        if state.get("correction_reset", False):
+            return grad
+        if "step" not in state:
+            return grad if group["prev_grad_init"] == "current" else torch.zeros_like(grad)
+        if group["is_approx"]:
+            return state.get("last_grad", grad)
+        return self._exact_reference(param)
+
     def _folding(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> Tensor:
         """The corrected gradient, or the plain one of a tensor that is not corrected."""
         g = objective_gradient(param, grad, param, group)
-        reference = grad if path_of(param, group) == "plain" else self._reference(param, grad, group)
+        reference = self._reference(param, grad, group) if self._corrects(param, group) else grad
         if reference is grad:
             return g
         previous = self.state.get(param, {}).get("prev_param")
@@ -181,7 +215,7 @@ class ExactForm:
             return closure()
 
     def _lacks_reference(self) -> bool:
-        corrected = [param for group, param in self._exact_params() if path_of(param, group) != "plain"]
+        corrected = [param for group, param in self._exact_params() if self._corrects(param, group)]
         states = [self.state.get(param, {}) for param in corrected]
         return any("step" in s and "last_grad" not in s and "correction_reset" not in s for s in states)
 
@@ -221,7 +255,7 @@ class ExactForm:
         pending = {id(param): value.detach() for param, value in given if value is not None}
         for group, param in self._exact_params():
             needs = param.grad is not None and "step" in self.state.get(param, {})
-            if needs and id(param) not in pending and path_of(param, group) != "plain":
+            if needs and id(param) not in pending and self._corrects(param, group):
                 raise ValueError(
                     f"prev_grads must have a tensor for parameter {name_of[id(param)]}, got none"
                 )
@@ -286,8 +320,7 @@ class ExactForm:
 
     def _remember_params(self, group: dict[str, Any], params: list[Tensor]) -> None:
         """Copy x_t for the steps that ask for the previous parameters; called just before they change."""
-        for_l2 = group["decay_mode"] == "l2" and not group["is_approx"]
-        if not for_l2 and self._source != "previous parameters":
+        if not self._needs_previous_point(group) and self._source != "previous parameters":
             for param in params:
                 self.state[param].pop("prev_param", None)
             return
@@ -308,7 +341,7 @@ class ExactForm:
                     state["prev_param"].copy_(param.detach())  # a skipped tensor stood still
                 if group["is_approx"]:
                     continue
-                if self._folded and path_of(param, group) != "plain" and "step" in state:
+                if self._folded and self._corrects(param, group) and "step" in state:
                     h = torch.zeros_like(param) if param.grad is None else param.grad
                     remember_gradient(state, "last_grad", h, param, group)
                 elif "previous_grad" in state:

@@ -19,14 +19,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backends import Backend, choose_backend, take_step
 from .correction import norm_of, working_dtype
 from .exact import ExactForm
-from .functional import mars
 from .gradients import objective_gradient
 from .options import check_choice, check_options, path_of, resolved_decay, resolved_ratio, rule_of
 from .orthogonalize import QUINTIC
 from .rule import UpdateRule
-from .state import is_dtensor, own_part, prepare_state, remember_gradient, restore_state
+from .state import (
+    gradient_buffer,
+    is_dtensor,
+    own_part,
+    prepare_state,
+    remember_gradient,
+    restore_state,
+)
 from .tasks import Task, buckets_of, global_norm, gradient_lists, squares_of_shards
 
 _LARGEST_QUIET_GAMMA = 0.2
@@ -35,8 +42,9 @@ _LARGEST_QUIET_GAMMA = 0.2
 class MARS(ExactForm, torch.optim.Optimizer):
     """Optimiser of all MARS types, in the approximate (default) and the exact form.
 
-    Every argument except `distributed`, `foreach` and `preset` is a default for the key of the same name in
-    `param_groups`, may differ between groups and is read again at each step, so schedulers may change it.
+    Every argument except `distributed`, `foreach`, `fused` and `preset` is a default for the key of the same
+    name in `param_groups`, may differ between groups and is read again at each step, so schedulers may change
+    it.
 
     Args:
         params: parameters, named parameters, or param groups. A group may also set `algorithm`: "mars"
@@ -85,6 +93,10 @@ class MARS(ExactForm, torch.optim.Optimizer):
             Newton-Schulz, the AdamW epsilon of the MARS-M release, and lets weight_decay_1d rule every
             plain-AdamW tensor.
         foreach: one call per operation and list; None: wherever the tensors are plain, dense and real.
+        fused: True does the elementwise part of a step in one pass: by C++ kernels on the CPU, compiled at
+            the first step on this machine (seconds, needs a C++ compiler), by Triton kernels on CUDA. Where
+            they are not available a warning says why and lists are used. None, like False, never uses them:
+            nobody should wait for a compiler unasked, and the CUDA kernels have not been measured yet.
         maximize: ascend instead of descend.
 
     Raises:
@@ -128,12 +140,17 @@ class MARS(ExactForm, torch.optim.Optimizer):
         distributed: str = "auto",
         preset: str | None = None,
         foreach: bool | None = None,
+        fused: bool | None = None,
         maximize: bool = False,
     ) -> None:
         if preset not in (None, "official"):
             raise ValueError(f"preset must be None or 'official', got {preset!r}")
         if foreach not in (None, True, False):
             raise TypeError(f"foreach must be None, True or False, got {foreach!r}")
+        if fused not in (None, True, False):
+            raise TypeError(f"fused must be None, True or False, got {fused!r}")
+        if foreach and fused:
+            raise ValueError("foreach and fused must not both be True: each chooses the backend")
         if preset == "official":
             prev_grad_init, matrix_ndim = "zero", "==2"
             ns_dtype = torch.bfloat16 if ns_dtype is None else ns_dtype
@@ -141,6 +158,7 @@ class MARS(ExactForm, torch.optim.Optimizer):
         self._preset = preset
         self._distributed = distributed
         self._foreach = foreach
+        self._fused = fused
         self._default_weight_decay = weight_decay
         self._warned_of_gamma = False
         self._last_divisors: list[Tensor] = []
@@ -241,7 +259,7 @@ class MARS(ExactForm, torch.optim.Optimizer):
         tasks = [task for group in self.param_groups for task in self._tasks(group)]
         self._last_divisors = []
         self._last_ratios = None if self._last_ratios is None else []
-        buckets = buckets_of(tasks, self._foreach_allowed)
+        buckets = buckets_of(tasks, self._backend)
         squares = squares_of_shards(buckets, self._effective)
         norms = global_norm(tasks, self._effective, squares)
         for bucket in buckets:
@@ -259,12 +277,7 @@ class MARS(ExactForm, torch.optim.Optimizer):
             raise RuntimeError(
                 "reset_correction() needs the previous gradient that memory_efficient=True does not keep"
             )
-        self._forget_references()
-        for state in self.state.values():
-            for name in ("last_grad", "previous_grad", "prev_param"):
-                state.pop(name, None)
-            if "step" in state:
-                state["correction_reset"] = True
+        super().reset_correction()
 
     def stats(self) -> dict[str, float]:
         """Statistics of the last step; reading them waits for the device, not reading them costs nothing.
@@ -310,7 +323,7 @@ class MARS(ExactForm, torch.optim.Optimizer):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_preset", "_distributed", "_foreach", "_default_weight_decay", "_warned_of_gamma")
+        own = ["_preset", "_distributed", "_foreach", "_fused", "_default_weight_decay", "_warned_of_gamma"]
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -343,17 +356,6 @@ class MARS(ExactForm, torch.optim.Optimizer):
 
                 check_shardable(param, grad, reference, self.state.get(param, {}), rule)
             yield Task(param, grad, reference, rule, group, corrected)
-
-    def _reference(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor:
-        """h_t: given (exact), remembered (approximate) or, at the first step, by `prev_grad_init`."""
-        state = self.state.get(param, {})
-        if state.get("correction_reset", False):
-            return grad
-        if "step" not in state:
-            return grad if group["prev_grad_init"] == "current" else torch.zeros_like(grad)
-        if group["is_approx"]:
-            return state.get("last_grad", grad)
-        return self._exact_reference(param)
 
     def _effective(self, task: Task) -> tuple[Tensor, Tensor | None]:
         """The pair g, h as the mathematics sees them; h is None where nothing is corrected."""
@@ -395,21 +397,27 @@ class MARS(ExactForm, torch.optim.Optimizer):
             [state["step"] for state in states],
         )
         norm = None if norm is None else norm.to(working_dtype(param.dtype))
+        backend = self._backend(param)
+        remembers = group["is_approx"] and first.corrected and not rule.quasi_hyperbolic
+        stores = None
+        if remembers and backend.fused:
+            stores = [
+                gradient_buffer(state, "last_grad", g, task.param, group)
+                for state, task, g in zip(states, bucket, grads, strict=True)
+            ]
         if is_dtensor(param):
             from .distributed import mars_sharded
 
             divisors = mars_sharded(*lists, rule, norm=norm, squares=squares, how=self._distributed)
         else:
-            divisors = mars(*lists, rule, foreach=self._foreach_allowed(param), norm=norm)
+            divisors = take_step(backend, *lists, rule, norm=norm, stores=stores)
         self._last_divisors += divisors
-        if group["is_approx"] and first.corrected and not rule.quasi_hyperbolic:
+        if remembers and stores is None:
             for state, task, g in zip(states, bucket, grads, strict=True):
                 remember_gradient(state, "last_grad", g, task.param, group)
 
-    def _foreach_allowed(self, param: Tensor) -> bool:
-        """Whether the list backend takes the tensor: plain, real, and not forbidden by the caller."""
-        plain = type(param) in (Tensor, torch.nn.Parameter) and not param.is_complex()
-        return plain and self._foreach is not False
+    def _backend(self, param: Tensor) -> Backend:
+        return choose_backend(param, foreach=self._foreach, fused=self._fused)
 
     def _warn_of_gamma(self, group: Mapping[str, Any]) -> None:
         if self._warned_of_gamma or not (group["is_approx"] and group["gamma"] > _LARGEST_QUIET_GAMMA):
