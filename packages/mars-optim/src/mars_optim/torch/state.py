@@ -43,16 +43,23 @@ def remember_gradient(
     state: dict[str, Any], name: str, grad: Tensor, param: Tensor, group: dict[str, Any]
 ) -> None:
     """Copy a gradient into the state, in `prev_grad_dtype` or its own dtype."""
+    own = gradient_buffer(state, name, grad, param, group)
+    # local parts of DTensors cost no dispatch; a gradient may be placed otherwise than its parameter
+    placed_alike = getattr(grad, "placements", None) == getattr(own, "placements", None)
+    target, source = (own_part(own), own_part(grad)) if placed_alike else (own, grad)
+    target.copy_(source)
+
+
+def gradient_buffer(
+    state: dict[str, Any], name: str, grad: Tensor, param: Tensor, group: dict[str, Any]
+) -> Tensor:
+    """The state's tensor that a gradient is to be copied into; a new one, not yet filled, if none fits."""
     own = state.get(name)
     if own is None or own.shape != grad.shape:
         dtype = group["prev_grad_dtype"]
-        state[name] = torch.empty_like(
-            param, dtype=grad.dtype if dtype is None or grad.is_complex() else dtype
-        )
-    # local parts of DTensors cost no dispatch; a gradient may be placed otherwise than its parameter
-    placed_alike = getattr(grad, "placements", None) == getattr(state[name], "placements", None)
-    target, source = (own_part(state[name]), own_part(grad)) if placed_alike else (state[name], grad)
-    target.copy_(source)
+        own = torch.empty_like(param, dtype=grad.dtype if dtype is None or grad.is_complex() else dtype)
+        state[name] = own
+    return own
 
 
 def is_dtensor(tensor: Tensor) -> bool:
