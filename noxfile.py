@@ -81,10 +81,11 @@ def package_argument(session: nox.Session) -> tuple[str, list[str]]:
 
 
 def run_tests(session: nox.Session, target: str) -> None:
-    """Run the tests of one target, without the slow ones unless `-m` is given."""
+    """Run the tests of one target in two processes, without the slow ones unless `-m` is given."""
     marker = () if "-m" in session.posargs else ("-m", "not slow")
+    workers = () if "-n" in session.posargs else ("-n", "2", "--dist", "worksteal")
     tests = workspace.folder(target, ROOT).relative_to(ROOT) / "tests"
-    session.run("python", "-m", "pytest", str(tests), *marker, *session.posargs)
+    session.run("python", "-m", "pytest", str(tests), *workers, *marker, *session.posargs)
 
 
 def for_every_python(work: Callable[[nox.Session, str], None]) -> None:
