@@ -7,7 +7,7 @@ from torch import Tensor
 from .orthogonalize import orthogonalize
 from .rule import UpdateRule
 
-MARS_M_NS_EPS = 1e-7
+_MARS_M_NS_EPS = 1e-7
 _SMALLEST_KEPT_FRACTION = 1e-3
 
 
@@ -27,17 +27,20 @@ def orthogonal_scale(shape: Sequence[int], scale: str | float) -> float:
     return 0.2 * max(rows, columns) ** 0.5 if scale == "rms" else 1.0
 
 
+def orthogonal_eps(rule: UpdateRule) -> float:
+    """What Newton-Schulz adds to the norm; the release of mars-shampoo feeds m / (1 - beta1) instead of m."""
+    return _MARS_M_NS_EPS if rule.kind == "m" else rule.eps * (1 - rule.beta1)
+
+
 def orthogonal_directions(momenta: Sequence[Tensor], rule: UpdateRule) -> list[Tensor]:
     """Scaled orthogonal factor of every momentum, in the shape of the momentum."""
     views = [m if rule.batched and m.ndim >= 3 else m.flatten(1) for m in momenta]
-    # the release feeds m / (1 - beta1), which only rescales its eps
-    eps = MARS_M_NS_EPS if rule.kind == "m" else rule.eps * (1 - rule.beta1)
     factors = orthogonalize(
         views,
         rule.orthogonalizer,
         steps=rule.ns_steps,
         coefficients=rule.ns_coefficients,
-        eps=eps,
+        eps=orthogonal_eps(rule),
         dtype=rule.ns_dtype,
     )
     return [

@@ -34,8 +34,8 @@ from ._foreach import _denominators, _descend, _directions, _second_moments, _wo
 from .correction import clip_divisor, working_dtype
 from .directions import (
     _SMALLEST_KEPT_FRACTION,
-    MARS_M_NS_EPS,
     orthogonal_directions,
+    orthogonal_eps,
     orthogonal_scale,
     step_number,
 )
@@ -43,6 +43,7 @@ from .rule import ORTHOGONALISED, UpdateRule
 from .shards import Layout, local_part, own_norm, own_squares, squared_norms, stacked, summed_over_ranks
 
 
+@torch.no_grad()
 def mars_sharded(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -93,7 +94,7 @@ def mars_sharded(
             own_norm(squares[id(param)], layout, rule.batched) if norm is None else norm
             for param, layout in zip(params, layouts, strict=True)
         ]
-        divisors = [clip_divisor(n.to(dtype), rule.clip) for n in norms]
+        divisors = _divisors(norms, rule.clip, dtype)
         corrected = list(torch._foreach_div(corrected, divisors))
     torch._foreach_lerp_(m, corrected, 1 - rule.beta1)
     momentum = list(torch._foreach_lerp(m, g, rule.gamma)) if rule.quasi_hyperbolic else m
@@ -132,10 +133,10 @@ def squares_of_corrected(
         h = None
         if references is not None:
             h = [local_part(reference, p) for reference, p in zip(references, spread, strict=True)]
-        for param, corrected in zip(spread, _corrected(g, h, rule), strict=True):
-            ids.append(id(param))
-            layouts.append(Layout.of(param))
-            squares.append(own_squares(corrected, layouts[-1], rule.batched))
+        own = [Layout.of(param) for param in spread]
+        ids += [id(param) for param in spread]
+        layouts += own
+        squares += own_squares(_corrected(g, h, rule), own, rule.batched)
     return dict(zip(ids, summed_over_ranks(squares, layouts), strict=True))
 
 
@@ -200,6 +201,12 @@ def _corrected(grads: list[Tensor], references: list[Tensor] | None, rule: Updat
     return corrected
 
 
+def _divisors(norms: list[Tensor], clip: float, dtype: torch.dtype) -> list[Tensor]:
+    if any(norm.ndim for norm in norms):
+        return [clip_divisor(norm.to(dtype), clip) for norm in norms]
+    return list(clip_divisor(torch.stack(norms).to(dtype), clip).unbind())
+
+
 def _plan(layout: Layout, rule: UpdateRule, how: str) -> object:
     """How the factor is found; layouts of equal plan are served together."""
     stack = stacked(layout.shape, rule.batched)
@@ -225,11 +232,9 @@ def _of_own_parts(momenta: list[Tensor], rule: UpdateRule) -> list[Tensor]:
 def _of_vectors(momenta: list[Tensor], layouts: list[Layout], rule: UpdateRule) -> list[Tensor]:
     """One row or column has one singular value, its norm: the polynomial is applied to that number."""
     p1, p2, p3 = rule.ns_coefficients
-    eps = MARS_M_NS_EPS if rule.kind == "m" else rule.eps * (1 - rule.beta1)
+    eps = orthogonal_eps(rule)
     directions = []
-    for m, layout, squared in zip(
-        momenta, layouts, squared_norms(momenta, layouts, [False] * len(momenta)), strict=True
-    ):
+    for m, layout, squared in zip(momenta, layouts, squared_norms(momenta, layouts), strict=True):
         norm = squared.sqrt().reshape(())
         nonzero = norm.masked_fill(norm == 0, 1.0)
         image = torch.ones_like(norm)
@@ -320,7 +325,7 @@ def _as_dtensor(part: Tensor, layout: Layout) -> DTensor:
 def _mask_cautiously(directions: list[Tensor], grads: list[Tensor], layouts: Sequence[Layout]) -> None:
     """`mask_cautiously_` by the share that the whole tensor keeps: the squared norm of a mask counts it."""
     masks = [(d * g > 0).to(d.dtype) for d, g in zip(directions, grads, strict=True)]
-    counts = squared_norms(masks, layouts, [False] * len(masks))
+    counts = squared_norms(masks, layouts)
     for direction, mask, count, layout in zip(directions, masks, counts, layouts, strict=True):
         share = (count / max(layout.shape.numel(), 1)).to(direction.dtype)
         direction.mul_(mask).div_(share.clamp_min(_SMALLEST_KEPT_FRACTION))

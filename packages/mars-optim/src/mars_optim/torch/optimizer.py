@@ -352,9 +352,9 @@ class MARS(ExactForm, torch.optim.Optimizer):
             if corrected and folded is None and not rule.quasi_hyperbolic:
                 reference = self._reference(param, grad, group)
             if is_dtensor(param) or is_dtensor(grad):
-                from .shards import check_shardable
+                from .shards import placed_like
 
-                check_shardable(param, grad, reference, self.state.get(param, {}), rule)
+                grad, reference = placed_like(param, grad, reference, self.state.get(param, {}), rule)
             yield Task(param, grad, reference, rule, group, corrected)
 
     def _effective(self, task: Task) -> tuple[Tensor, Tensor | None]:

@@ -6,8 +6,11 @@ anything and none over a dimension that only replicates.
 This module imports torch.distributed.tensor, so import it only where there is a DTensor.
 """
 
+# pyright: reportPrivateImportUsage=false
+# torch._foreach_* carry an underscore but are what torch.optim and its users build on
+
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,10 +76,10 @@ class Layout:
         return self.box(_coordinate(self.mesh))
 
 
-def check_shardable(
+def placed_like(
     param: Tensor, grad: Tensor, reference: Tensor | None, state: Mapping[str, Any], rule: UpdateRule
-) -> None:
-    """Raise unless a step can work on the local parts of everything that belongs to the parameter.
+) -> tuple[Tensor, Tensor | None]:
+    """Gradient and reference gradient laid out as the parameter, so that a step can work on local parts.
 
     Raises:
         ValueError: if only one of parameter and gradient is a DTensor; if the parameter is complex or a
@@ -107,44 +110,51 @@ def check_shardable(
                 f"the state {name!r} must be placed like its parameter, {layout.placements}, "
                 f"got {_placements(value) or 'a plain tensor'}"
             )
+    placed = _redistributed(grad, layout)
+    if reference is None or reference is grad:
+        return placed, None if reference is None else placed
+    return placed, _redistributed(reference, layout)
 
 
-@torch.no_grad()
 def local_part(tensor: Tensor, param: DTensor) -> Tensor:
-    """This rank's part of a DTensor, laid out as the parameter: the very memory where it is so already."""
+    """The memory of this rank's part of a DTensor that must lie as the parameter does.
+
+    Call it under torch.no_grad, where it costs no dispatch.
+    """
     if not isinstance(tensor, DTensor):
-        raise ValueError("what belongs to a DTensor parameter must be a DTensor, got a plain tensor")
+        raise TypeError("what belongs to a DTensor parameter must be a DTensor, got a plain tensor")
     if tensor.placements != param.placements:
-        tensor = tensor.redistribute(placements=param.placements)
+        raise ValueError(
+            f"a tensor must be placed like its parameter, {param.placements}, got {tensor.placements}"
+        )
     return tensor.to_local()
 
 
-def squared_norms(
-    parts: Iterable[Tensor], layouts: Sequence[Layout], batched: Sequence[bool]
-) -> list[Tensor]:
+def squared_norms(parts: Sequence[Tensor], layouts: Sequence[Layout], batched: bool = False) -> list[Tensor]:
     """Squared Frobenius norms of whole tensors from their local parts, in float64.
 
     Args:
-        parts: local parts.
+        parts: local parts, at least one, of one dtype and device.
         layouts: how the tensors lie.
-        batched: whether a tensor of three or more axes has one norm per matrix.
+        batched: whether tensors of three or more axes have one norm per matrix.
 
     Returns:
         For every tensor a vector of its squared norms: one, or batched one per matrix of the whole tensor.
     """
-    squares = [
-        own_squares(part, layout, each) for part, layout, each in zip(parts, layouts, batched, strict=True)
-    ]
-    return summed_over_ranks(squares, layouts)
+    return summed_over_ranks(own_squares(parts, layouts, batched), layouts)
 
 
-def own_squares(part: Tensor, layout: Layout, batched: bool) -> Tensor:
-    """Squared norms of what this rank holds, a vector in float64 in the form of `squared_norms`."""
-    if not stacked(layout.shape, batched):
-        return torch.linalg.vector_norm(part).double().square().reshape(1)
-    squares = torch.zeros(layout.shape[:-2], dtype=torch.float64, device=part.device)
-    squares[layout.own_box()[:-2]] = torch.linalg.vector_norm(part, dim=(-2, -1)).double().square()
-    return squares.flatten()
+def own_squares(parts: Sequence[Tensor], layouts: Sequence[Layout], batched: bool) -> list[Tensor]:
+    """Squared norms of what this rank holds, vectors in float64 in the form of `squared_norms`."""
+    norms = torch.stack(torch._foreach_norm(list(parts))).double()
+    squares = list(norms.square().split(1))
+    for i, layout in enumerate(layouts):
+        if stacked(layout.shape, batched):
+            own = torch.linalg.vector_norm(parts[i], dim=(-2, -1)).double().square()
+            every = torch.zeros(layout.shape[:-2], dtype=torch.float64, device=own.device)
+            every[layout.own_box()[:-2]] = own
+            squares[i] = every.flatten()
+    return squares
 
 
 def summed_over_ranks(squares: Sequence[Tensor], layouts: Sequence[Layout]) -> list[Tensor]:
@@ -180,6 +190,12 @@ def own_norm(squared: Tensor, layout: Layout, batched: bool) -> Tensor:
 def stacked(shape: Sequence[int], batched: bool) -> bool:
     """Whether the tensor counts as a stack of matrices, each with its own norm."""
     return batched and len(shape) >= 3
+
+
+def _redistributed(tensor: Tensor, layout: Layout) -> Tensor:
+    if not isinstance(tensor, DTensor) or tuple(tensor.placements) == layout.placements:
+        return tensor
+    return tensor.redistribute(placements=layout.placements)
 
 
 def _placements(tensor: Tensor) -> tuple[Placement, ...] | None:

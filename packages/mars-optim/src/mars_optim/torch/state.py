@@ -67,9 +67,8 @@ def is_dtensor(tensor: Tensor) -> bool:
     return hasattr(tensor, "device_mesh")
 
 
-@torch.no_grad()
 def own_part(tensor: Tensor) -> Tensor:
-    """The part of a DTensor that this rank holds; a plain tensor as it is."""
+    """The part of a DTensor that this rank holds, a plain tensor as it is; call it under torch.no_grad."""
     return tensor.to_local() if is_dtensor(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
 
 
