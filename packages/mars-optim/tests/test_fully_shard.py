@@ -1,4 +1,4 @@
-"""MARS under FSDP2: the exact form and its checks, and checkpoints that continue on another number of ranks."""
+"""MARS under FSDP2: the exact form, what ranks agree on, and checkpoints for another number of ranks."""
 
 import pytest
 import torch
