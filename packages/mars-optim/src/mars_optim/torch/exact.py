@@ -24,7 +24,7 @@ from torch import Tensor
 from .correction import gradient_correction, working_dtype
 from .gradients import objective_gradient
 from .options import path_of
-from .state import is_dtensor, remember_gradient
+from .state import on_any_rank, own_part, remember_gradient
 
 _FOUR_WAYS = (
     "the exact form (is_approx=False) needs the gradient of this batch at the previous parameters; "
@@ -75,7 +75,8 @@ class ExactForm:
         """
         self._require_exact("at_previous_params()")
         params = self._all_params()
-        if any(p.grad is not None and bool(p.grad.any()) for p in params):
+        left = [p.grad for p in params if p.grad is not None]
+        if left and bool(on_any_rank([own_part(grad).any() for grad in left], left)):
             raise RuntimeError(
                 "at_previous_params() needs gradients that are None or zero on entry: call zero_grad()"
             )
@@ -311,8 +312,8 @@ class ExactForm:
     def _keep_pending(self, params: list[Tensor], scaler: torch.amp.GradScaler | None) -> None:
         pending = {id(p): _unscaled(p.grad, scaler) for p in params if p.grad is not None}
         if scaler is not None and pending:
-            finite = [_on_all_ranks(torch.isfinite(h).all()).cpu() for h in pending.values()]
-            self._overflow = ~torch.stack(finite).all()
+            given = list(pending.values())
+            self._overflow = on_any_rank([~torch.isfinite(own_part(h)).all() for h in given], given)
         self._pending, self._source = pending, "previous parameters"
 
     def _reference_overflowed(self) -> bool:
@@ -377,10 +378,6 @@ class ExactForm:
             unnamed = [f"#{len(names) + i}" for i in range(len(group["params"]))]
             names += group.get("param_names", unnamed)
         return names
-
-
-def _on_all_ranks(value: Tensor) -> Tensor:
-    return value.full_tensor() if is_dtensor(value) else value  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @torch.no_grad()

@@ -134,7 +134,7 @@ def squared_norms(parts: Sequence[Tensor], layouts: Sequence[Layout], batched: b
     """Squared Frobenius norms of whole tensors from their local parts, in float64.
 
     Args:
-        parts: local parts, at least one, of one dtype and device.
+        parts: local parts, at least one, on one device.
         layouts: how the tensors lie.
         batched: whether tensors of three or more axes have one norm per matrix.
 

@@ -11,6 +11,7 @@
 The first five names are those of the released code, so its checkpoints load.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -70,6 +71,19 @@ def is_dtensor(tensor: Tensor) -> bool:
 def own_part(tensor: Tensor) -> Tensor:
     """The part of a DTensor that this rank holds, a plain tensor as it is; call it under torch.no_grad."""
     return tensor.to_local() if is_dtensor(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def on_any_rank(flags: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
+    """Whether a flag is up, for a DTensor on any rank that holds a part of it; a 0-d tensor on the CPU."""
+    up = [flag.cpu() for flag, tensor in zip(flags, tensors, strict=True) if not is_dtensor(tensor)]
+    spread = [(flag, tensor) for flag, tensor in zip(flags, tensors, strict=True) if is_dtensor(tensor)]
+    if spread:
+        from .shards import Layout, summed_over_ranks
+
+        layouts = [Layout.of(tensor) for _, tensor in spread]  # pyright: ignore[reportArgumentType]
+        counts = summed_over_ranks([flag.double().reshape(1) for flag, _ in spread], layouts)
+        up += [(count > 0).reshape(()).cpu() for count in counts]
+    return torch.stack(up).any()
 
 
 def restore_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
