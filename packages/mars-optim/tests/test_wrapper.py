@@ -302,7 +302,7 @@ def train_on_shards(rank, world_size, clip_scope, is_approx):
     return [x.detach().numpy() for x in whole]
 
 
-SHARDED = ((5, 4), (1, 6), (3, 3))
+SHARDED = ((5, 4), (1, 6), (3, 2, 2), (3, 3))
 
 
 @pytest.mark.parametrize("is_approx", [True, False])

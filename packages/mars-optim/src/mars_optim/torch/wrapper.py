@@ -178,7 +178,9 @@ class VarianceReduced(ExactForm, torch.optim.Optimizer):
             self.base.step()
         for group, param, _ in corrected:
             state = self.state[param]
-            state["step"] = state.get("step", torch.zeros((), dtype=torch.float32)) + 1
+            if "step" not in state:
+                state["step"] = torch.zeros((), dtype=torch.float32)
+            state["step"] += 1
             if group["is_approx"] and param.grad is not None:
                 remember_gradient(state, "last_grad", param.grad, param, group)
         self._after_step(set(shown))
@@ -291,9 +293,9 @@ def _squared_norms(tensors: list[Tensor]) -> list[Tensor]:
     if spread:
         from .shards import Layout, squared_norms
 
-        layouts: list[Any] = [Layout.of(tensors[i]) for i in spread]  # pyright: ignore[reportArgumentType]
+        layouts = [Layout.of(tensors[i]) for i in spread]  # pyright: ignore[reportArgumentType]
         parts = [own_part(tensors[i]) for i in spread]
-        whole = squared_norms(parts, layouts, [False] * len(spread))
+        whole = squared_norms(parts, layouts)
         squares = [dict(zip(spread, whole, strict=True)).get(i, s).sum() for i, s in enumerate(squares)]
     return squares
 
