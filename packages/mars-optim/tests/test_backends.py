@@ -97,6 +97,15 @@ def test_a_fused_run_continues_bit_for_bit_from_its_checkpoint(kernels):
     assert all(torch.equal(a, b) for a, b in zip(continued, uninterrupted, strict=True))
 
 
+def test_a_graph_from_before_the_fused_step_is_known_to_be_stale(kernels):
+    param = torch.nn.Parameter(torch.ones(2, 2))
+    loss = param.square().sum()
+    param.grad = torch.ones(2, 2)
+    MARS([param], fused=True).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_each_backend_is_chosen_for_its_reason(kernels):
     plain, complex_ = torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.complex64)
 

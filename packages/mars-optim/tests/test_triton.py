@@ -125,7 +125,7 @@ def test_degenerate_shapes_take_a_step(triton_interpreter):
 
 
 def test_the_number_of_launches_does_not_depend_on_the_number_of_tensors(triton_interpreter):
-    shapes = [tuple((1 + i % 3, 2) for i in range(count)) for count in (1, 50)]
+    shapes = [tuple((1 + i % 3, 2) for i in range(count)) for count in (1, 12)]
     clipped = [Case(shapes=shape) for shape in shapes]
     unclipped = [Case(shapes=shape, options={"clip": None}) for shape in shapes]
     assert triton_interpreter(count_launches, [*clipped, *unclipped]) == [3, 3, 1, 1]

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from ._foreach import _descend, _working, _write, mars_foreach
 from .correction import clip_divisor, working_dtype
@@ -198,6 +199,9 @@ def _by_kernel(
         momentum = list(torch._foreach_lerp(m, g, rule.gamma)) if rule.quasi_hyperbolic else m
         _descend(x, g, orthogonal_directions(momentum, rule), rule)
         _write(params, x)
+    else:
+        # kernels write past autograd: a graph that still needs the old values must notice
+        increment_version(params)
     if given is not None:
         return [given] * len(params)
     return [] if divisors is None else _per_tensor(divisors, params, rule.batched)
