@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .theory import gamma_star, noise_ratio, storm_schedule
-    from .torch import MARS, GammaScheduler, build_param_groups
+    from .torch import MARS, GammaScheduler, VarianceReduced, build_param_groups
 
 __version__ = "0.1.0"
 
 __all__ = [
     "MARS",
     "GammaScheduler",
+    "VarianceReduced",
     "build_param_groups",
     "gamma_star",
     "noise_ratio",
@@ -26,6 +27,7 @@ __all__ = [
 _HOME = {
     "MARS": "torch",
     "GammaScheduler": "torch",
+    "VarianceReduced": "torch",
     "build_param_groups": "torch",
     "gamma_star": "theory",
     "noise_ratio": "theory",

@@ -15,11 +15,13 @@ from .functional import UpdateRule, clip_by_norm, gradient_correction, mars, qua
 from .optimizer import MARS
 from .orthogonalize import newton_schulz, orthogonalize, polar
 from .param_groups import GammaScheduler, build_param_groups
+from .wrapper import VarianceReduced
 
 __all__ = [
     "MARS",
     "GammaScheduler",
     "UpdateRule",
+    "VarianceReduced",
     "build_param_groups",
     "clip_by_norm",
     "estimator_error",
