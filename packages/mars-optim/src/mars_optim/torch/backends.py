@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from . import _cpu
 from .functional import mars
 from .rule import UpdateRule
 
@@ -31,6 +32,7 @@ class Backend:
         return self.name in ("cpu", "triton")
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 _SUBCLASS = Backend("loop", "lists of tensor subclasses cannot be stepped together")
 _COMPLEX = Backend("loop", "complex numbers are stepped as pairs of reals")
 _NO_LISTS = Backend("loop", "foreach=False")
@@ -51,15 +53,13 @@ def choose_backend(param: Tensor, *, foreach: bool | None, fused: bool | None) -
         foreach: False forbids lists.
         fused: True asks for kernels.
     """
-    if type(param) not in (Tensor, torch.nn.Parameter):
+    if type(param) not in _PLAIN:
         return _SUBCLASS
     if param.is_complex():
         return _COMPLEX
     if fused:
         if param.device.type == "cpu":
-            from ._cpu import available_or_warn
-
-            return _CPU if available_or_warn() else _NO_KERNELS
+            return _CPU if _cpu.available_or_warn() else _NO_KERNELS
         return _TRITON if _triton_or_warn(param.device.type) else _NO_KERNELS
     return _NO_LISTS if foreach is False else _LISTS
 
@@ -95,9 +95,7 @@ def take_step(
     """
     lists = (params, grads, references, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
     if backend.name == "cpu":
-        from ._cpu import mars_cpu
-
-        return mars_cpu(*lists, rule, norm, stores)
+        return _cpu.mars_cpu(*lists, rule, norm, stores)
     if backend.name == "triton":
         from ._triton import mars_triton
 
