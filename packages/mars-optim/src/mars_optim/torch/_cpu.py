@@ -7,7 +7,9 @@ depend on how many.
 
 Plain C++ rather than Inductor, because the step of a tensor is a reduction followed by an update that must
 meet its data still in the cache, in one parallel region for all tensors: Inductor emits one region per tensor
-and pass. And without torch's headers, because they take most of a minute to compile.
+and pass. (One tensor of 10 million with clip, one thread, in one run: Inductor 1.84, this 1.66 times torch's
+fused AdamW; 34 s to compile for that one shape.) And not torch.utils.cpp_extension, which needs ninja at the
+user's and compiles torch's headers for nothing: the kernels take addresses.
 """
 
 import ctypes
