@@ -15,7 +15,7 @@ def as_whole(tensor):
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
 
-WAYS = ("context", "closure", "record", "fold", "prev_grads")
+WAYS = ("context", "context between evaluations", "closure", "record", "fold", "prev_grads")
 
 
 def network():
@@ -55,6 +55,13 @@ def train(model, optimizer, way, share, steps):
                 gradients(step)
             gradients(step)
             optimizer.step()
+        elif way == "context between evaluations":
+            evaluate(model)
+            with optimizer.at_previous_params(module=model):
+                gradients(step)
+                evaluate(model)
+            gradients(step)
+            optimizer.step()
         elif way == "closure":
             optimizer.step(lambda step=step: gradients(step))
         elif way == "record":
@@ -80,6 +87,12 @@ def train(model, optimizer, way, share, steps):
             gradients(step)
             optimizer.step()
     return [as_whole(param) for param in model.parameters()]
+
+
+@torch.no_grad()
+def evaluate(model):
+    """A forward pass without backward, after which FSDP2 keeps the root's parameters gathered."""
+    model(next(batches())[0])
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ h is needed, and all ways give the same trajectory to rounding.
 Source: Yuan et al. 2025 (arXiv 2411.10438), Algorithm 1 and Remark 3.3.
 """
 
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -60,10 +61,14 @@ class ExactForm:
         its gradients are dropped. If the body raises, the parameters are restored and the state is as
         before.
 
+        FSDP2 keeps the root's parameters gathered after a forward pass without backward, such as an
+        evaluation, and would not see x_{t-1}: pass `module`, or call its `reshard()` after such passes.
+
         Args:
             replay_rng: random numbers drawn inside are drawn again after exit, so dropout masks agree (CPU,
                 and the devices of the parameters).
-            module: model whose buffers (BatchNorm statistics) are restored on exit.
+            module: model whose buffers (BatchNorm statistics) are restored on exit, and which FSDP2 reshards
+                on entry and exit.
             update_buffers: keep what the body did to the buffers of `module`.
             scaler: GradScaler by which the loss of the body is scaled; the gradients are divided by its
                 scale. A step whose h_t overflowed is skipped.
@@ -279,6 +284,7 @@ class ExactForm:
                     "at_previous_params() nor a closure; call reset_correction() to start from here"
                 )
         self._forget_references()
+        _reshard(module)
         devices = sorted({p.device.index for p in params if p.device.type == "cuda"})
         random_state = (
             (torch.get_rng_state(), {d: torch.cuda.get_rng_state(d) for d in devices}) if replay_rng else None
@@ -303,6 +309,7 @@ class ExactForm:
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)
+            _reshard(module)
         if random_state is not None:
             torch.set_rng_state(random_state[0])
             for device, device_state in random_state[1].items():
@@ -378,6 +385,16 @@ class ExactForm:
             unnamed = [f"#{len(names) + i}" for i in range(len(group["params"]))]
             names += group.get("param_names", unnamed)
         return names
+
+
+def _reshard(module: torch.nn.Module | None) -> None:
+    """Let FSDP2 forget the parameters it gathered, which hide what happens to the shards."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if module is None or fsdp is None:
+        return
+    for part in module.modules():
+        if isinstance(part, fsdp.FSDPModule):
+            part.reshard()  # pyright: ignore[reportCallIssue]
 
 
 @torch.no_grad()
