@@ -48,6 +48,8 @@ def offer_pyenv_interpreters() -> None:
 
 
 offer_pyenv_interpreters()
+# Tests and experiments start many processes; without bytecode each would compile torch's sources anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 def install(session: nox.Session, target: str, *options: str) -> None:
@@ -85,7 +87,9 @@ def run_tests(session: nox.Session, target: str) -> None:
     marker = () if "-m" in session.posargs else ("-m", "not slow")
     workers = () if "-n" in session.posargs else ("-n", "2", "--dist", "worksteal")
     tests = workspace.folder(target, ROOT).relative_to(ROOT) / "tests"
-    session.run("python", "-m", "pytest", str(tests), *workers, *marker, *session.posargs)
+    # One thread per process: two processes that each use all cores wait for one another.
+    threads = {"OMP_NUM_THREADS": "1"}
+    session.run("python", "-m", "pytest", str(tests), *workers, *marker, *session.posargs, env=threads)
 
 
 def for_every_python(work: Callable[[nox.Session, str], None]) -> None:
