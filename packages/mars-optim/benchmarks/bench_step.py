@@ -66,8 +66,9 @@ def contenders(shapes: list[tuple[int, ...]], device: str) -> dict[str, Contende
         "AdamW fused": Contender(lambda params: torch.optim.AdamW(params, fused=True), 7),
     }
     for mars_type, clip, streams in (("mars-adamw", 1.0, 9), ("mars-adamw", None, 9), ("mars-lion", 1.0, 7)):
-        for backend in ("foreach", "for-loop"):
-            options = {"mars_type": mars_type, "clip": clip, "foreach": backend == "foreach"}
+        for backend in ("foreach", "for-loop", "fused"):
+            fused = backend == "fused"
+            options = {"mars_type": mars_type, "clip": clip, "foreach": backend == "foreach", "fused": fused}
             label = f"{mars_type} {backend}, clip={clip}"
             lineup[label] = Contender(lambda params, options=options: MARS(params, **options), streams)
     if 0 < orthogonalisation_flops(shapes) <= (CPU_FLOPS if device == "cpu" else math.inf):

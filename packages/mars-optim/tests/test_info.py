@@ -49,9 +49,21 @@ def test_bad_words_end_with_status_2_and_name_what_is_accepted(words):
 
 def test_a_backend_that_fails_is_reported_with_its_reason():
     pytest.importorskip("torch", reason="the backends need torch")
-    problem = command_line._step_problem("abacus", foreach=True)
+    problem = command_line._step_problem("abacus", {"foreach": True})
     assert "abacus" in command_line._verdict(problem)
     assert command_line._verdict(problem).startswith("does not work: ")
+
+
+def test_a_backend_that_falls_back_to_another_is_reported_with_its_reason(monkeypatch):
+    pytest.importorskip("torch", reason="the backends need torch")
+    from mars_optim.torch import _cpu
+
+    monkeypatch.setattr(_cpu, "why_unavailable", lambda: "no compiler")
+    _cpu.available_or_warn.cache_clear()
+    try:
+        assert "no compiler" in command_line._verdict(command_line._step_problem("cpu", {"fused": True}))
+    finally:
+        _cpu.available_or_warn.cache_clear()
 
 
 def test_every_extra_of_the_project_is_reported():

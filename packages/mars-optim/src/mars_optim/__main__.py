@@ -17,7 +17,7 @@ EXTRAS = {
     "jax": ("jax", "optax", "jaxtyping"),
     "hf": ("torch", "jaxtyping", "transformers", "accelerate"),
 }
-BACKENDS = {"for-loop": False, "foreach": True}  # the value of the option `foreach`
+BACKENDS = {"for-loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,8 +51,8 @@ def info() -> Iterator[str]:
         yield "backends: none without the extra [torch]"
         return
     for device in _devices():
-        for name, foreach in BACKENDS.items():
-            yield f"backend {name} on {device}: {_verdict(_step_problem(device, foreach))}"
+        for name, options in BACKENDS.items():
+            yield f"backend {name} on {device}: {_verdict(_step_problem(device, options))}"
 
 
 def _verdict(problem: str | None, cure: str | None = None) -> str:
@@ -84,8 +84,10 @@ def _devices() -> list[str]:
     return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
-def _step_problem(device: str, foreach: bool) -> str | None:
+def _step_problem(device: str, options: dict[str, bool]) -> str | None:
     """First line of what goes wrong in one step on the device, None if nothing does."""
+    import warnings
+
     import torch
 
     from .torch import MARS
@@ -93,8 +95,10 @@ def _step_problem(device: str, foreach: bool) -> str | None:
     try:
         matrix = torch.nn.Parameter(torch.ones(2, 2, device=device))
         matrix.grad = torch.ones_like(matrix)
-        MARS([matrix], foreach=foreach).step()
-    except (RuntimeError, ValueError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # a fallback to another backend is announced by a warning
+            MARS([matrix], **options).step()
+    except (RuntimeError, ValueError, Warning) as error:
         return _first_line(error)
     return None
 
