@@ -34,6 +34,12 @@ def root(tmp_path, monkeypatch) -> Path:
     """An empty workspace, which is also the current folder."""
     folder = make_workspace(tmp_path / "house")
     monkeypatch.chdir(folder)
+    for name in (
+        "FORCE_COLOR",
+        "TTY_COMPATIBLE",
+        "COLUMNS",
+    ):  # make a pipe look like a terminal of some width
+        monkeypatch.delenv(name, raising=False)
     return folder
 
 

@@ -107,7 +107,14 @@ def check_shard_map_by_axis_name():
         assert np.abs(wrong - whole.update(params, state, params)[1].mu).max() > 1e-3
 
 
-@pytest.mark.parametrize("check", [check_named_sharding, check_shard_map, check_shard_map_by_axis_name])
+@pytest.mark.parametrize(
+    "check",
+    [
+        check_named_sharding,
+        pytest.param(check_shard_map, marks=pytest.mark.slow),
+        pytest.param(check_shard_map_by_axis_name, marks=pytest.mark.slow),
+    ],
+)
 def test_two_devices_give_the_trajectory_of_one(check):
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",

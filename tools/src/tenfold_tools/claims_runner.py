@@ -249,7 +249,8 @@ def _run_job(job: Job, options: argparse.Namespace, root: Path, console: Console
         _write(path, head, job, records)  # the head says when the results were last confirmed, and where
         console.print(
             f"{job.package.distribution}: {len(reused)} of {len(job.selected)} reused ({', '.join(reused)}), "
-            "because nothing they depend on has changed; --fresh runs them again"
+            "because nothing they depend on has changed; --fresh runs them again",
+            soft_wrap=True,
         )
     return [records[claim.id] for claim in job.selected]
 
@@ -264,7 +265,7 @@ def _conclude(results: list[tuple[str, dict[str, Any]]], console: Console) -> in
         if record["verdict"] == Verdict.ERROR or (record["verdict"] == Verdict.FAIL and record["required"])
     ]
     if broken:
-        console.print(f"failed (required FAIL or ERROR): {', '.join(broken)}")
+        console.print(f"failed (required FAIL or ERROR): {', '.join(broken)}", soft_wrap=True)
     return 1 if broken else 0
 
 
@@ -274,7 +275,7 @@ def _stored(path: Path, console: Console) -> dict[str, dict[str, Any]]:
     try:
         return {record["id"]: record for record in store.read(path)["claims"]}
     except store.Unreadable as error:
-        console.print(f"{error}; kept as {store.set_aside(path).name}")
+        console.print(f"{error}; kept as {store.set_aside(path).name}", soft_wrap=True)
         return {}
 
 
