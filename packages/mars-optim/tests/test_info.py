@@ -49,7 +49,7 @@ def test_bad_words_end_with_status_2_and_name_what_is_accepted(words):
 
 def test_a_backend_that_fails_is_reported_with_its_reason():
     pytest.importorskip("torch", reason="the backends need torch")
-    problem = command_line._step_problem("abacus", {"foreach": True})
+    problem = command_line._step_problem("abacus", foreach=True, fused=False)
     assert "abacus" in command_line._verdict(problem)
     assert command_line._verdict(problem).startswith("does not work: ")
 
@@ -61,7 +61,8 @@ def test_a_backend_that_falls_back_to_another_is_reported_with_its_reason(monkey
     monkeypatch.setattr(_cpu, "why_unavailable", lambda: "no compiler")
     _cpu.available_or_warn.cache_clear()
     try:
-        assert "no compiler" in command_line._verdict(command_line._step_problem("cpu", {"fused": True}))
+        problem = command_line._step_problem("cpu", foreach=False, fused=True)
+        assert "no compiler" in command_line._verdict(problem)
     finally:
         _cpu.available_or_warn.cache_clear()
 

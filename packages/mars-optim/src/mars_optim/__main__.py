@@ -17,7 +17,8 @@ EXTRAS = {
     "jax": ("jax", "optax", "jaxtyping"),
     "hf": ("torch", "jaxtyping", "transformers", "accelerate"),
 }
-BACKENDS = {"for-loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
+# the values of the options `foreach` and `fused`
+BACKENDS = {"for-loop": (False, False), "foreach": (True, False), "fused": (False, True)}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,8 +52,8 @@ def info() -> Iterator[str]:
         yield "backends: none without the extra [torch]"
         return
     for device in _devices():
-        for name, options in BACKENDS.items():
-            yield f"backend {name} on {device}: {_verdict(_step_problem(device, options))}"
+        for name, (foreach, fused) in BACKENDS.items():
+            yield f"backend {name} on {device}: {_verdict(_step_problem(device, foreach, fused))}"
 
 
 def _verdict(problem: str | None, cure: str | None = None) -> str:
@@ -84,7 +85,7 @@ def _devices() -> list[str]:
     return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
-def _step_problem(device: str, options: dict[str, bool]) -> str | None:
+def _step_problem(device: str, foreach: bool, fused: bool) -> str | None:
     """First line of what goes wrong in one step on the device, None if nothing does."""
     import warnings
 
@@ -97,7 +98,7 @@ def _step_problem(device: str, options: dict[str, bool]) -> str | None:
         matrix.grad = torch.ones_like(matrix)
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # a fallback to another backend is announced by a warning
-            MARS([matrix], **options).step()
+            MARS([matrix], foreach=foreach, fused=fused).step()
     except (RuntimeError, ValueError, Warning) as error:
         return _first_line(error)
     return None
