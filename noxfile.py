@@ -62,6 +62,13 @@ def install(session: nox.Session, target: str, *options: str) -> None:
     )
 
 
+def peers(target: str) -> tuple[str, ...]:
+    """Options that install what the benchmarks of a package compare it with, where it names such packages."""
+    manifest = workspace.folder(target, ROOT) / "pyproject.toml"
+    declared = nox.project.load_toml(manifest).get("dependency-groups", {})
+    return ("--group", f"{manifest.relative_to(ROOT)}:bench") if "bench" in declared else ()
+
+
 def tool(session: nox.Session, module: str, *args: str, **kwargs: object) -> None:
     """Run a workshop command; its exit status 2 (bad input) becomes that of nox, which else ends with 1."""
     try:
@@ -147,10 +154,12 @@ def report(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Benchmarks of one package: `-s bench -- PACKAGE OPTIONS`."""
+    """Benchmarks of one package: `-s bench -- PACKAGE [NAME] OPTIONS`, NAME for bench_NAME.py alone."""
     package, options = package_argument(session)
-    install(session, package, *CONSTRAINTS)
-    for script in sorted(workspace.folder(package, ROOT).glob("benchmarks/bench_*.py")):
+    name = options.pop(0) if options and not options[0].startswith("-") else "*"
+    install(session, package, *CONSTRAINTS, *peers(package))
+    scripts = sorted(workspace.folder(package, ROOT).glob(f"benchmarks/bench_{name}.py"))
+    for script in scripts or session.error(f"{package} has no benchmarks/bench_{name}.py"):
         session.run("python", str(script.relative_to(ROOT)), *options)
 
 
@@ -158,7 +167,7 @@ def bench(session: nox.Session) -> None:
 def gpu(session: nox.Session) -> None:
     """GPU tests and benchmarks of one package on this machine's device: `-s gpu -- PACKAGE OPTIONS`."""
     package, options = package_argument(session)
-    install(session, package, *CONSTRAINTS)
+    install(session, package, *CONSTRAINTS, *peers(package))
     # 5 is pytest's word for "no test carries the marker": a package without GPU code.
     session.run(
         "python", "-m", "pytest", f"packages/{package}/tests", "-m", "gpu", *options, success_codes=[0, 5]

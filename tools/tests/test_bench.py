@@ -1,3 +1,4 @@
+import argparse
 import gc
 import json
 import subprocess
@@ -256,6 +257,17 @@ def test_markdown_holds_circumstances_and_one_line_per_alternative(monkeypatch):
     assert len({line.count(" | ") for line in lines[-2:]}) == 1
 
 
+def test_what_is_absent_is_named_with_its_reason_in_every_form():
+    got = compare({"a": nothing, "b": nothing}, baseline="a", repeats=3, min_time=0.0)
+    got = got.with_absent({"c": "not installed: No module named 'c'"}).with_absent({"d": "needs a GPU"})
+    lines = got.markdown().splitlines()
+    assert lines[-2] == "| c | not installed: No module named 'c' |  |  |  |"
+    assert lines[-1] == "| d | needs a GPU |  |  |  |"
+    assert len({line.count(" | ") for line in lines[-3:]}) == 1
+    assert got.as_dict()["absent"] == {"c": "not installed: No module named 'c'", "d": "needs a GPU"}
+    assert [row.name for row in got.rows] == ["a", "b"]
+
+
 def test_environment_names_versions_of_loaded_frameworks_only(monkeypatch):
     monkeypatch.delitem(sys.modules, "jax", raising=False)
     versions = bench.environment()["versions"]
@@ -268,10 +280,14 @@ def measure(workload, options):
     return options.compare(alternatives, baseline="base", title=workload)
 
 
-def run_main(*argv):
-    quick = ["--repeats", "3", "--min-time", "0"]
+def run_main(*argv, parents=()):
     return main(
-        measure, workloads=["one", "two", "broken"], default=["one"], description="x", argv=[*argv, *quick]
+        measure,
+        workloads=["one", "two", "broken"],
+        default=["one"],
+        description="x",
+        argv=[*argv, "--repeats", "3", "--min-time", "0"],
+        parents=parents,
     )
 
 
@@ -294,6 +310,25 @@ def test_main_exits_1_when_an_alternative_failed_and_saves_what_went_well(tmp_pa
     rows = json.loads(target.read_text())[0]["rows"]
     assert rows[1]["error"] == "ValueError: no kernel for [/shape]"
     assert rows[1]["median"] is None
+
+
+def test_main_accepts_and_explains_the_options_of_the_benchmark_itself(capsys):
+    own = argparse.ArgumentParser(add_help=False)
+    own.add_argument("--peer", help="file of another implementation")
+    assert run_main("--peer", "x.py", parents=[own]) == 0
+    with pytest.raises(SystemExit) as caught:
+        run_main("--help", parents=[own])
+    assert caught.value.code == 0
+    assert "file of another implementation" in capsys.readouterr().out
+
+
+def test_main_exits_0_when_an_alternative_is_absent(capsys):
+    def incomplete(workload, options):
+        return measure(workload, options).with_absent({"third": "not installed"})
+
+    options = ["--repeats", "3", "--min-time", "0"]
+    assert main(incomplete, workloads=["one"], default=["one"], description="x", argv=options) == 0
+    assert "not installed" in capsys.readouterr().out
 
 
 def test_main_names_the_accepted_sets_and_exits_2(capsys):

@@ -67,12 +67,14 @@ class Comparison:
         baseline: the alternative whose time is 1.
         rows: the alternatives, in the order given.
         environment: date, device, versions, threads, load.
+        absent: alternatives that should be here and could not be tried, each with the reason; no failures.
     """
 
     title: str
     baseline: str
     rows: tuple[Row, ...]
     environment: Mapping[str, Any]
+    absent: Mapping[str, str] = field(default_factory=dict)
 
     def row(self, name: str) -> Row:
         """The alternative of that name.
@@ -92,6 +94,10 @@ class Comparison:
             for row in self.rows
         )
         return replace(self, rows=tuple(rows))
+
+    def with_absent(self, absent: Mapping[str, str]) -> Comparison:
+        """The same comparison that also names what is missing from it: alternative -> reason."""
+        return replace(self, absent={**self.absent, **absent})
 
     def markdown(self) -> str:
         """A section for RESULTS.md: title, circumstances, table."""
@@ -125,6 +131,7 @@ class Comparison:
             "baseline": self.baseline,
             "environment": dict(self.environment),
             "rows": rows,
+            "absent": dict(self.absent),
         }
 
     def _cells(self) -> tuple[list[str], list[list[str]]]:
@@ -141,6 +148,7 @@ class Comparison:
                 interval = "" if row.name == self.baseline else f"{row.ratio.low:.3f} to {row.ratio.high:.3f}"
             cells = [row.name, _duration(row.median), ratio, interval, _size(row.peak_bytes)]
             body.append([*cells, *(row.extra.get(title, "") for title in extra)])
+        body += [[name, reason, *[""] * (len(head) - 2)] for name, reason in self.absent.items()]
         return head, body
 
 

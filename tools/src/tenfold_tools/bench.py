@@ -143,6 +143,7 @@ def main(
     default: Sequence[str],
     description: str,
     argv: Sequence[str] | None = None,
+    parents: Sequence[argparse.ArgumentParser] = (),
 ) -> int:
     """Command line of a `benchmarks/bench_*.py`: measures workloads, prints tables, writes JSON and markdown.
 
@@ -155,11 +156,13 @@ def main(
         default: names measured when `--set` is not given.
         description: what the benchmark measures.
         argv: arguments; those of the process by default.
+        parents: parsers (made with add_help=False) of the benchmark's own options, which are accepted and
+            shown by --help; the benchmark reads their values itself with `parse_known_args`.
 
     Returns:
         The exit status: 1 if an alternative failed, else 0. A wrong argument exits with 2 before measuring.
     """
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(description=description, parents=parents)
     parser.add_argument("--set", nargs="+", choices=workloads, default=list(default), help="what to measure")
     parser.add_argument("--repeats", type=int, default=Options.repeats, help="rounds (default %(default)s)")
     parser.add_argument("--warmup", type=int, default=Options.warmup, help="untimed calls before")
