@@ -1,33 +1,44 @@
-"""One optimiser step of MARS against torch's AdamW and Muon, interleaved in one process.
+"""One optimiser step of MARS against other optimisers, interleaved in one process.
 
-Every contender works on the same parameters and gradients and has its own state. The bytes floor is the time
-in which memory can move what an update must read and write, at the copy bandwidth measured in the same run:
-no step whose state lies in memory beats it. The last column is the share of that speed the step reaches, 1
-being the floor. It is left empty for sets that fit in a cache, and for orthogonalised types, which arithmetic
-bounds.
+Every contender works on the same parameters and gradients and has its own state: torch's AdamW and Muon, the
+backends of MARS, other implementations of MARS where they are installed (`peers.py`), and the jitted steps
+of mars_optim.jax and optax on copies (`jax_steps.py`). A peer that is not there is named with the reason.
+
+The bytes floor is the time in which memory can move what an update must read and write, at the copy bandwidth
+measured in the same run: no step whose state lies in memory beats it. The share of that speed which a step
+reaches is left empty for sets that fit in a cache, and for orthogonalised types, which arithmetic bounds. The
+last column relates a step to its counterpart, which does the same without the correction on the same backend:
+fused MARS to fused AdamW, mars-m to Muon, the jitted step to optax.adamw.
+
+Peak memory of a JAX step on a GPU reads 0, because torch does not see what XLA allocates.
 
 Run: `python benchmarks/bench_step.py --set gpt2-small --repeats 20 --json steps.json --markdown steps.md`
 """
 
-import math
+import argparse
+import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from contenders import BASELINE, Contender, Shapes, torch_contenders
+from jax_steps import jax_contenders, wait
+from peers import peer_contenders
 from torch import Tensor
 
-from mars_optim.torch import MARS
 from tenfold_tools.bench import Comparison, Options, Row, main
+from tenfold_tools.stats import paired_ratio
 
 FLOAT_BYTES = 4
-BASELINE = "AdamW foreach"
-# Muon orthogonalises in bfloat16. A CPU without instructions for it took 0.2 s for the 2e8 operations of the
-# tiny set; many-4k has 44 times as many.
-CPU_FLOPS = 1e9
+DESCRIPTION = (
+    "One step of MARS against AdamW, Muon, optax and other implementations of MARS. All contenders stay in "
+    "memory together, each with its state: about 30 GB for gpt2-small or one-100M unless --only chooses."
+)
 
 
 def gpt2(layers: int, width: int, vocabulary: int, context: int) -> list[tuple[int, ...]]:
@@ -38,120 +49,104 @@ def gpt2(layers: int, width: int, vocabulary: int, context: int) -> list[tuple[i
 
 
 SETS: dict[str, list[tuple[int, ...]]] = {
+    "pair": [(16, 8), (8,)],  # for the test of this benchmark
     "tiny": gpt2(layers=2, width=64, vocabulary=256, context=64),
+    "many-4k": [(64, 64)] * 1000,
     "gpt2-small": gpt2(layers=12, width=768, vocabulary=50257, context=1024),
     "one-100M": [(10_000, 10_000)],
-    "many-4k": [(64, 64)] * 1000,
 }
 
 
-@dataclass(frozen=True)
-class Contender:
-    """An optimiser on a list of parameters, with the least its update must move.
+def measure(
+    name: str, options: Options, *, only: str | None = None, official: Sequence[Path] = ()
+) -> Comparison:
+    """Times one step of every contender on a parameter set.
 
-    Attributes:
-        build: from parameters to the optimiser.
-        streams: floats read or written per parameter (spec section e); None where arithmetic is the limit.
+    Args:
+        name: key of SETS.
+        options: of the harness.
+        only: regular expression; contenders whose name it finds, with their counterparts. None takes all.
+        official: files of the authors' release, which are executed.
     """
-
-    build: Callable[[list[Tensor]], Any]
-    streams: int | None
-
-
-def contenders(shapes: list[tuple[int, ...]], device: str) -> dict[str, Contender]:
-    """What is compared on parameters of these shapes, the baseline first."""
-    lineup = {
-        "AdamW foreach": Contender(lambda params: torch.optim.AdamW(params, foreach=True), 7),
-        "AdamW for-loop": Contender(lambda params: torch.optim.AdamW(params, foreach=False), 7),
-        "AdamW fused": Contender(lambda params: torch.optim.AdamW(params, fused=True), 7),
-    }
-    for mars_type, clip, streams in (("mars-adamw", 1.0, 9), ("mars-adamw", None, 9), ("mars-lion", 1.0, 7)):
-        for backend in ("foreach", "for-loop", "fused"):
-            fused = backend == "fused"
-            options = {"mars_type": mars_type, "clip": clip, "foreach": backend == "foreach", "fused": fused}
-            label = f"{mars_type} {backend}, clip={clip}"
-            lineup[label] = Contender(lambda params, options=options: MARS(params, **options), streams)
-    if 0 < orthogonalisation_flops(shapes) <= (CPU_FLOPS if device == "cpu" else math.inf):
-        lineup["mars-shampoo foreach"] = Contender(lambda params: shampoo(params, foreach=True), None)
-        lineup["mars-shampoo for-loop"] = Contender(lambda params: shampoo(params, foreach=False), None)
-        if hasattr(torch.optim, "Muon"):
-            lineup["Muon, AdamW foreach on the rest"] = Contender(Muon, None)
-    return lineup
-
-
-def shampoo(params: list[Tensor], *, foreach: bool) -> MARS:
-    """MARS-Shampoo on the hidden matrices, AdamW on embeddings and vectors."""
-    groups = [
-        {"params": [p for p in params if is_hidden(p.shape)]},
-        {"params": [p for p in params if not is_hidden(p.shape)], "algorithm": "adamw"},
-    ]
-    return MARS([group for group in groups if group["params"]], mars_type="mars-shampoo", foreach=foreach)
-
-
-class Muon:
-    """torch.optim.Muon (torch >= 2.9) on the hidden matrices, AdamW on the rest: the work of `shampoo`."""
-
-    def __init__(self, params: list[Tensor]) -> None:
-        rest = [p for p in params if not is_hidden(p.shape)]
-        self._parts: list[torch.optim.Optimizer] = [
-            torch.optim.Muon([p for p in params if is_hidden(p.shape)], lr=1e-3)
-        ]
-        if rest:
-            self._parts.append(torch.optim.AdamW(rest, foreach=True))
-
-    def step(self) -> None:
-        """One step of both parts."""
-        for part in self._parts:
-            part.step()
-
-
-def is_hidden(shape: tuple[int, ...]) -> bool:
-    """Whether a tensor is a matrix that is usually orthogonalised: no embedding, none of 10^8 entries."""
-    return len(shape) == 2 and max(shape) <= 4096
-
-
-def orthogonalisation_flops(shapes: list[tuple[int, ...]]) -> int:
-    """Operations of five Newton-Schulz steps on all hidden matrices (spec section e)."""
-    sizes = [(min(shape), max(shape)) for shape in shapes if is_hidden(shape)]
-    return sum(5 * (4 * m * m * n + 2 * m**3) for m, n in sizes)
-
-
-def measure(name: str, options: Options) -> Comparison:
-    """Times one step of every contender on a parameter set."""
     shapes = SETS[name]
-    generator = torch.Generator().manual_seed(0)
-    params = []
-    for shape in shapes:
-        param = torch.nn.Parameter(0.02 * torch.randn(shape, generator=generator).to(options.device))
-        param.grad = 0.01 * torch.randn(shape, generator=generator).to(options.device)
-        params.append(param)
-    count = sum(p.numel() for p in params)
+    lineup, absent = contenders(shapes, options.device, only, official)
+    params = parameters(shapes, options.device)
+    count = sum(param.numel() for param in params)
     floor = FLOAT_BYTES * count / copy_bandwidth(options.device)
-    lineup = contenders(shapes, options.device)
     beyond_caches = FLOAT_BYTES * count >= 2**28
-
-    # Steps are lazy: the optimiser is built when its warm-up begins, so a failure to build is one row's.
-    def stepper(contender: Contender) -> Callable[[], None]:
-        built: list[Any] = []
-
-        def step() -> None:
-            if not built:
-                built.append(contender.build(params))
-            built[0].step()
-
-        return step
 
     def of_floor(row: Row) -> str:
         streams = lineup[row.name].streams
         return "" if streams is None or not beyond_caches else f"{streams * floor / row.median:.2f}"
 
     comparison = options.compare(
-        {label: stepper(contender) for label, contender in lineup.items()},
+        {label: stepper(contender, params) for label, contender in lineup.items()},
         baseline=BASELINE,
         title=f"{name}: {len(shapes)} tensors, {count / 1e6:.2f} M parameters, "
         f"copy bandwidth {FLOAT_BYTES / floor * count / 1e9:.1f} GB/s",
+        sync=wait,
     )
-    return comparison.with_column("share of the bytes floor", of_floor)
+    comparison = comparison.with_column("share of the bytes floor", of_floor)
+    return comparison.with_column("ratio to its counterpart", against(comparison, lineup)).with_absent(absent)
+
+
+def contenders(
+    shapes: Shapes, device: str, only: str | None, official: Sequence[Path]
+) -> tuple[dict[str, Contender], dict[str, str]]:
+    """What is compared on parameters of these shapes, the baseline first, and what is missing."""
+    lineup: dict[str, Contender] = {}
+    absent: dict[str, str] = {}
+    for found, missing in (
+        torch_contenders(shapes, device),
+        peer_contenders(device, official),
+        jax_contenders(shapes, device),
+    ):
+        lineup |= found
+        absent |= missing
+    if only is None:
+        return lineup, absent
+    wanted = {label for label in lineup if re.search(only, label)} | {BASELINE}
+    wanted |= {lineup[label].against for label in wanted}
+    return (
+        {label: contender for label, contender in lineup.items() if label in wanted},
+        {label: reason for label, reason in absent.items() if re.search(only, label)},
+    )
+
+
+def parameters(shapes: Shapes, device: str) -> list[Tensor]:
+    """Normal parameters with normal gradients, the same at each call."""
+    generator = torch.Generator().manual_seed(0)
+    params: list[Tensor] = []
+    for shape in shapes:
+        param = torch.nn.Parameter(0.02 * torch.randn(shape, generator=generator).to(device))
+        param.grad = 0.01 * torch.randn(shape, generator=generator).to(device)
+        params.append(param)
+    return params
+
+
+def stepper(contender: Contender, params: list[Tensor]) -> Callable[[], Any]:
+    """A step whose optimiser is built when its warm-up begins, so a failure to build is one row's."""
+    built: list[Callable[[], Any]] = []
+
+    def step() -> Any:
+        if not built:
+            built.append(contender.build(params))
+        return built[0]()
+
+    return step
+
+
+def against(comparison: Comparison, lineup: Mapping[str, Contender]) -> Callable[[Row], str]:
+    """Text of a row's time relative to its counterpart's; empty where that is the baseline of the table."""
+
+    def text(row: Row) -> str:
+        name = lineup[row.name].against
+        if name == BASELINE or name not in lineup or comparison.row(name).error is not None:
+            return ""
+        ratio = paired_ratio(row.seconds, comparison.row(name).seconds)
+        return f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f}) {name}"
+
+    return text
 
 
 def copy_bandwidth(device: str, size: int = 2**28, repeats: int = 7) -> float:
@@ -170,6 +165,31 @@ def _timed_copies(source: Tensor, target: Tensor, repeats: int) -> Iterator[floa
         yield time.perf_counter() - start
 
 
+def own_options() -> argparse.ArgumentParser:
+    """Options of this benchmark beside those of the harness."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(
+        "--only", metavar="REGEX", help="contenders whose name this finds, and their counterparts"
+    )
+    parser.add_argument(
+        "--official",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="Python files of the authors' release (mars.py, mars_fused.py) on your disk; this EXECUTES them",
+    )
+    return parser
+
+
 if __name__ == "__main__":
-    description = "One step of MARS against AdamW and Muon."
-    sys.exit(main(measure, workloads=list(SETS), default=["tiny"], description=description))
+    own, _ = own_options().parse_known_args()
+    sys.exit(
+        main(
+            partial(measure, only=own.only, official=own.official),
+            workloads=list(SETS),
+            default=["tiny"],
+            description=DESCRIPTION,
+            parents=[own_options()],
+        )
+    )
