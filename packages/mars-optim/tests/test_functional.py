@@ -3,12 +3,14 @@
 from dataclasses import replace
 
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 from reference import Options
+from test_reference import G1, G2, H2, PRINTED, WORKED_EXAMPLE, X1
 from trajectories import TYPES, assert_same, draw, run_mars, run_reference, varying
 
-from mars_optim.torch import UpdateRule, clip_by_norm, gradient_correction, mars, quasi_hyperbolic
+from mars_optim.torch import MARS, UpdateRule, clip_by_norm, gradient_correction, mars, quasi_hyperbolic
 
 ROUNDING = 1e-12  # 12 steps of float64 arithmetic on numbers of order one: below 1e4 ulp
 BASE = Options(lr=0.02, betas=(0.9, 0.95), gamma=0.09, lr_1d_ratio=0.5, reference_lr=0.02)
@@ -35,6 +37,10 @@ OTHERS = {
 }
 ORTHOGONALISERS = {
     "svd": {"orthogonalize": "svd"},
+    "newton": {"orthogonalize": "newton"},
+    "cubic": {"orthogonalize": "cubic"},
+    "root of the ratio": {"scale": "sqrt_ratio"},
+    "rms": {"scale": "rms"},
     "fixed scale": {"scale": 0.7},
     "no scale": {"scale": "none"},
     "other Newton-Schulz": {"ns_steps": 7, "ns_coefficients": (1.9, -1.3, 0.4)},
@@ -66,6 +72,32 @@ def test_both_backends_follow_the_reference(case):
     expected = run_reference(drawn, options)
     for foreach in (False, True):
         assert_same(run_mars(drawn, options, foreach=foreach), expected, rtol=ROUNDING, atol=ROUNDING)
+
+
+@pytest.mark.filterwarnings("ignore:gamma=0.5 with is_approx")
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("case", WORKED_EXAMPLE)
+def test_worked_example_of_the_specification(case, foreach):
+    changed, factor, expected = WORKED_EXAMPLE[case]
+    options = Options(lr=0.1, weight_decay=0.1, gamma=0.5, betas=(0.9, 0.99), **changed)
+    drawn = [X1], [[factor * G1], [factor * G2]], [[factor * G1], [factor * H2]]
+    (actual,) = run_mars(drawn, options, foreach=foreach)
+    np.testing.assert_allclose(actual.ravel(), expected, rtol=0, atol=PRINTED)
+
+
+@pytest.mark.parametrize("clip_scope", ["tensor", "global"])
+@pytest.mark.parametrize("mars_type", TYPES)
+def test_steps_on_lists_read_nothing_back_from_the_device(mars_type, clip_scope):
+    """Tensors of the meta device have no values: whatever looked at one would raise."""
+    params = [torch.nn.Parameter(torch.empty(shape, device="meta")) for shape in ((4, 3), (4, 3), (5,))]
+    optimizer = MARS(params, mars_type=mars_type, clip_scope=clip_scope, foreach=True, weight_decay=0.1)
+    for _ in range(2):
+        for param in params:
+            param.grad = torch.empty_like(param)
+        optimizer.step()
+    assert [float(optimizer.state[p]["step"]) for p in params] == [2, 2, 2]
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        optimizer.stats()  # which says that it waits for the device
 
 
 @pytest.mark.parametrize("mars_type", TYPES)

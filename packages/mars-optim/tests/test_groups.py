@@ -1,5 +1,7 @@
 """Param groups: options per group and per step, schedulers, decay of vectors, groups added later."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -19,6 +21,108 @@ def parameter(value):
 def give(params, gradients):
     for param, gradient in zip(params, gradients, strict=True):
         param.grad = torch.tensor(gradient, dtype=param.dtype)
+
+
+# the paper's numbers where it has them, the release's elsewhere
+DEFAULTS = {
+    "lr": 3e-3,
+    "betas": (0.95, 0.99),
+    "eps": 1e-8,
+    "weight_decay": 0.0,
+    "amsgrad": False,
+    "gamma": 0.025,
+    "is_approx": True,
+    "mars_type": "mars-adamw",
+    "optimize_1d": False,
+    "lr_1d_ratio": 1.0,
+    "betas_1d": (0.9, 0.95),
+    "weight_decay_1d": 0.1,
+    "clip": 1.0,
+    "clip_scope": "tensor",
+    "prev_grad_init": "current",
+    "matrix_ndim": ">=2",
+    "matrix_view": "flatten",
+    "second_moment": "corrected",
+    "decay_mode": "decoupled",
+    "cautious": False,
+    "orthogonalize": "newton_schulz",
+    "ns_steps": 5,
+    "ns_coefficients": (3.4445, -4.7750, 2.0315),
+    "ns_dtype": None,
+    "scale": None,
+    "memory_efficient": False,
+    "state_dtype": None,
+    "prev_grad_dtype": None,
+    "maximize": False,
+}
+# what the whole optimizer has rather than a group; of lr_1d a group keeps the ratio to lr
+WHOLE = {"params", "lr_1d", "distributed", "preset", "foreach", "fused", "capturable"}
+OPTIONS = [
+    {"mars_type": "shampoo"},
+    {"mars_type": "m", "scale": "none"},
+    {"mars_type": "shampoo", "orthogonalize": "svd"},
+    {"mars_type": "shampoo", "ns_steps": 2, "ns_coefficients": (1.5, -0.5, 0.0)},
+    {"mars_type": "lion", "memory_efficient": True, "clip": None},
+    {"amsgrad": True},
+    {"eps": 1e-2},
+    {"is_approx": False},
+    {"optimize_1d": True},
+    {"lr_1d": 0.3},
+    {"betas_1d": (0.5, 0.6)},
+    {"weight_decay": 0.3, "weight_decay_1d": 0.2},
+    {"clip_scope": "global"},
+    {"prev_grad_init": "zero", "clip": None},
+    {"matrix_ndim": "==2"},
+    {"matrix_view": "batch"},
+    {"second_moment": "grad"},
+    {"decay_mode": "cautious", "weight_decay": 0.3},
+    {"decay_mode": "l2", "weight_decay": 0.3},
+    {"cautious": True},
+    {"maximize": True},
+    {"prev_grad_dtype": torch.bfloat16},
+    {"state_dtype": torch.bfloat16},
+]
+
+
+def test_defaults_are_those_of_the_paper():
+    group = MARS([parameter([[1.0]])]).param_groups[0]
+    assert {name: group[name] for name in DEFAULTS} == DEFAULTS
+
+
+def test_every_option_but_the_choice_of_a_backend_lives_in_the_groups():
+    options = inspect.signature(MARS).parameters.keys() - WHOLE
+    group = MARS([parameter([[1.0]])]).param_groups[0]
+    assert options - group.keys() == set()
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_an_option_of_one_group_is_that_of_an_optimizer_of_its_own_and_leaves_the_other_group_alone(options):
+    shapes = ((4, 3), (5,), (2, 3, 3))
+    parameters, gradients, references = draw(seed=37, shapes=shapes, steps=5)
+
+    def run(*groups):
+        """Two copies of the tensors, the second with the options: in one optimizer or in two."""
+        params = [[parameter(x) for x in parameters] for _ in range(2)]
+        made = [{"params": p, **o} for p, o in zip(params, ({}, options), strict=True)]
+        optimizers = [MARS([made[i] for i in members], lr=0.05, gamma=0.1) for members in groups]
+        for g, h in zip(gradients, references, strict=True):
+            for half in params:
+                give(half, g)
+            for optimizer in optimizers:
+                held = [p for group in optimizer.param_groups for p in group["params"]]
+                exact = [not group["is_approx"] for group in optimizer.param_groups for _ in shapes]
+                given = [torch.tensor(h[i % len(shapes)]) for i in range(len(held))]
+                optimizer.step(
+                    prev_grads=[x if e else None for x, e in zip(given, exact, strict=True)]
+                    if any(exact)
+                    else None
+                )
+        return [[p.detach().numpy() for p in half] for half in params]
+
+    together, apart = run((0, 1)), run((0,), (1,))
+    for a, b in zip(together, apart, strict=True):
+        assert_same(a, b, rtol=0, atol=ROUNDING)
+    assert any(np.abs(a - b).max() > 1e-4 for a, b in zip(*together, strict=True))
 
 
 def test_options_differ_between_groups():

@@ -35,6 +35,15 @@ def test_newton_schulz_of_a_diagonal_matrix_gives_the_printed_values():
     np.testing.assert_allclose(result.numpy(), expected, rtol=0, atol=1e-12)  # printed to 12 decimals
 
 
+def test_newton_schulz_maps_small_singular_values_by_the_quintic():
+    u, _ = torch.linalg.qr(random_matrix((3, 3), seed=3))
+    v, _ = torch.linalg.qr(random_matrix((3, 3), seed=4))
+    s = torch.tensor([(1 - 0.01**2 - 0.003**2) ** 0.5, 0.01, 0.003], dtype=torch.float64)  # norm 1
+    factor = u.T @ newton_schulz(u @ torch.diag(s) @ v.T, eps=0.0) @ v
+    # printed to 12 decimals; small singular values are known to a few hundred ulp of the large one
+    np.testing.assert_allclose(factor.diagonal()[1:], (0.698917063322, 1.110357319921), rtol=0, atol=1e-11)
+
+
 @pytest.mark.parametrize("shape", [(1, 9), (9, 1)])
 def test_newton_schulz_of_a_vector_is_a_multiple_of_the_unit_vector(shape):
     matrix = random_matrix(shape)

@@ -3,6 +3,7 @@
 import copy
 import math
 
+import jaxtyping
 import pytest
 
 torch = pytest.importorskip("torch", reason="parameter groups need torch")
@@ -33,6 +34,27 @@ class HuggingFaceModel(LanguageModel):
         return self.to_logits
 
 
+class TimmModel(nn.Module):
+    """A bag of embeddings and a head that only `get_classifier` knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.bag = nn.EmbeddingBag(11, 4)
+        self.mlp = nn.Linear(4, 4)
+        self.out = nn.Linear(4, 3)
+
+    def get_classifier(self):
+        return self.out
+
+
+@pytest.fixture
+def unchecked():
+    """Without the runtime check of annotations, which would raise before the package's own message."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
 def names_by_algorithm(groups):
     sorted_names = {"mars": [], "adamw": []}
     for group in groups:
@@ -58,6 +80,13 @@ def test_an_untied_head_with_a_usual_name_goes_to_adamw(mars_type, head):
 def test_the_head_that_the_model_itself_names_goes_to_adamw():
     names = names_by_algorithm(build_param_groups(HuggingFaceModel(), "shampoo"))
     assert names["adamw"] == ["wte.weight", "to_logits.weight"]
+
+
+@pytest.mark.parametrize("mars_type", ORTHOGONALISED)
+def test_bags_of_embeddings_and_the_classifier_that_the_model_names_go_to_adamw(mars_type):
+    names = names_by_algorithm(build_param_groups(TimmModel(), mars_type))
+    # the head's bias goes with it: whole heads are named by the model
+    assert names == {"mars": ["mlp.weight", "mlp.bias"], "adamw": ["bag.weight", "out.weight", "out.bias"]}
 
 
 def test_a_head_with_another_name_needs_a_pattern():
@@ -138,7 +167,7 @@ def test_the_prefix_of_the_type_is_optional(short):
         ),
     ],
 )
-def test_bad_arguments_are_named(arguments, error, message):
+def test_bad_arguments_are_named(unchecked, arguments, error, message):
     with pytest.raises(error, match=message):
         build_param_groups(**({"model": nn.Linear(2, 2)} | arguments))
 

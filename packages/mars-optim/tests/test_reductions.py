@@ -8,6 +8,7 @@ import torch
 from reference import Options
 from trajectories import assert_same, draw, run_mars
 
+from mars_optim.theory import storm_schedule
 from mars_optim.torch import MARS
 
 STEPS = 50
@@ -16,11 +17,13 @@ MATRICES = ((6, 4), (3, 8))
 SHAPES = ((6, 4), (3, 8), (5,), (2, 3, 3, 2))
 
 
-def train(optimizer, params, gradients):
-    for step in gradients:
+def train(optimizer, params, gradients, references=None):
+    """All steps; with references the exact form."""
+    for t, step in enumerate(gradients):
         for param, gradient in zip(params, step, strict=True):
             param.grad = torch.tensor(gradient)
-        optimizer.step()
+        given = {} if references is None else {"prev_grads": [torch.tensor(h) for h in references[t]]}
+        optimizer.step(**given)
     return [p.detach().numpy() for p in params]
 
 
@@ -45,6 +48,25 @@ def test_gamma_zero_is_torch_adamw(foreach, amsgrad):
     actual, _ = unclipped(drawn, gamma=0.0, lr_1d=0.01, weight_decay_1d=0.1, foreach=foreach, **common)
     # the list backend does torch's operations in torch's order; the loop divides in another one
     assert_same(actual, expected, rtol=0, atol=0 if foreach else ROUNDING)
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_without_averaging_there_is_nothing_to_correct(foreach):
+    """a = gamma beta1 / (1 - beta1) vanishes with beta1: mars-sgd is then plain descent along g."""
+    drawn = draw(seed=17, shapes=MATRICES, steps=STEPS)
+    params = parameters_of(drawn)
+    expected = train(torch.optim.SGD(params, lr=0.01), params, drawn[1])
+    actual, _ = unclipped(drawn, mars_type="sgd", gamma=0.2, betas=(0.0, 0.99), lr=0.01, foreach=foreach)
+    assert_same(actual, expected, rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_lion_leaves_entries_without_momentum_where_they_are(foreach):
+    param = torch.nn.Parameter(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    optimizer = MARS([param], mars_type="lion", lr=0.5, foreach=foreach)
+    param.grad = torch.tensor([[0.0, 1.0], [-0.0, -1.0]])
+    optimizer.step()
+    assert torch.equal(param.detach(), torch.tensor([[1.0, 1.5], [3.0, 4.5]]))
 
 
 def test_gamma_zero_with_l2_decay_is_torch_adam():
@@ -140,6 +162,32 @@ def test_gamma_one_in_the_exact_form_is_storm():
     assert_same(run_mars(drawn, options), x, rtol=0, atol=ROUNDING)
 
 
+def test_the_schedule_of_the_theorem_drives_the_optimizer_to_a_momentum_near_the_gradient():
+    """Theorem B.5 on least squares with L = 1: betas that approach 1 are read anew at each step."""
+    rng = np.random.default_rng(19)
+    rows, targets = rng.normal(size=(64, 12)), rng.normal(size=64)
+    rows /= np.linalg.norm(rows, axis=1).max()
+    # H_t = 1, so rho = 1: c >= 32 L^2 + 1, and s > c^1.5 makes the first beta1 positive (8 L^3 is less)
+    schedule = storm_schedule(200.0, 33.0)
+    x, m, previous = np.zeros(12), np.zeros(12), np.zeros(12)
+    param = torch.nn.Parameter(torch.zeros(3, 4, dtype=torch.float64))
+    optimizer = MARS([param], mars_type="sgd", gamma=1.0, clip=None, is_approx=False)
+    ratios = []
+    for (eta, beta1, beta2), i in zip(schedule, rng.integers(0, 64, 1500), strict=False):
+        optimizer.param_groups[0].update(lr=eta, betas=(beta1, beta2))
+        every = rows * (rows @ x - targets)[:, None]
+        g, h = every[i], rows[i] * (rows[i] @ previous - targets[i])
+        param.grad = torch.tensor(g.reshape(3, 4))
+        optimizer.step(prev_grads=[torch.tensor(h.reshape(3, 4))])
+        m = beta1 * m + (1 - beta1) * g + beta1 * (g - h)
+        mean = every.mean(axis=0)
+        ratios.append(np.sum((m - mean) ** 2) / np.mean(np.sum((every - mean) ** 2, axis=1)))
+        previous, x = x, x - eta * m
+    assert_same([param.detach().numpy().ravel()], [x], rtol=0, atol=ROUNDING)
+    # beta1 goes from 0.04 to 0.77: the squared error falls from one sample's to a small part of it
+    assert np.mean(ratios[-500:]) < 0.3 * np.mean(ratios[:50])
+
+
 def momentum_of(drawn, **changed):
     _, optimizer = unclipped(drawn, lr=0.01, **changed)
     return [state["exp_avg"].numpy() for state in optimizer.state.values()]
@@ -202,6 +250,18 @@ def test_approximate_momentum_is_quasi_hyperbolic(start):
     assert_same(actual, expected, rtol=0, atol=ROUNDING)
 
 
+def test_quasi_hyperbolic_momentum_may_be_kept_in_the_buffer_of_the_second_release():
+    """buf <- beta buf + (1 - gamma)(1 - beta)/beta g, m = gamma g + beta buf, as the other file of MARS-M."""
+    beta, gamma = 0.95, 0.15
+    drawn = draw(seed=18, shapes=MATRICES, steps=STEPS)
+    buffers = [0.0, 0.0]
+    for step in drawn[1]:
+        buffers = [beta * b + (1 - gamma) * (1 - beta) / beta * g for b, g in zip(buffers, step, strict=True)]
+    expected = [gamma * g + beta * b for g, b in zip(drawn[1][-1], buffers, strict=True)]
+    actual = momentum_of(drawn, mars_type="sgd", betas=(beta, 0.99), gamma=gamma)
+    assert_same(actual, expected, rtol=0, atol=ROUNDING)
+
+
 @pytest.mark.parametrize("foreach", [False, True])
 @pytest.mark.parametrize("start", ["zero", "current"])
 @pytest.mark.parametrize("mars_type", ["lion", "shampoo", "m", "sgd"])
@@ -231,13 +291,16 @@ def test_memory_efficient_form_follows_changing_betas():
     assert_same(results[1], results[0], rtol=0, atol=ROUNDING)
 
 
-def released_step(x, g, state, o, ndim_rule):
-    """The release's update in float64, written from its description (spec c.8), for one tensor."""
+def released_step(x, g, h, state, o, ndim_rule):
+    """The release's update in float64, written from its description (spec c.8), for one tensor.
+
+    h is the gradient at the previous parameters in its exact form, None in the approximate one.
+    """
     state["t"] = state.get("t", 0) + 1
     t = state["t"]
     one_dimensional = not ndim_rule and not o.optimize_1d
     beta1, beta2 = o.betas_1d if one_dimensional else o.betas
-    last = state.get("last", np.zeros_like(g))
+    last = h if h is not None and t > 1 else state.get("last", np.zeros_like(g))
     if one_dimensional:
         c, lr, decay = g, o.lr * o.lr_1d_ratio, o.weight_decay_1d
     else:
@@ -269,9 +332,10 @@ def released_step(x, g, state, o, ndim_rule):
     return x - lr * (decay * x + u)
 
 
+@pytest.mark.parametrize("is_approx", [True, False])
 @pytest.mark.parametrize("optimize_1d", [False, True])
 @pytest.mark.parametrize("mars_type", ["adamw", "lion", "shampoo", "m"])
-def test_official_preset_reproduces_the_release(mars_type, optimize_1d):
+def test_official_preset_reproduces_the_release(mars_type, optimize_1d, is_approx):
     if mars_type == "m" and optimize_1d:
         pytest.skip("the MARS-M release has no optimize_1d")
     o = Options(
@@ -285,8 +349,9 @@ def test_official_preset_reproduces_the_release(mars_type, optimize_1d):
     )
     drawn = draw(seed=15, shapes=SHAPES, steps=STEPS)
     x, states = list(drawn[0]), [{} for _ in SHAPES]
-    for step in drawn[1]:
-        x = [released_step(x[i], g, states[i], o, g.ndim == 2) for i, g in enumerate(step)]
+    for g, h in zip(drawn[1], drawn[2], strict=True):
+        h = [None] * len(g) if is_approx else h
+        x = [released_step(x[i], g[i], h[i], states[i], o, g[i].ndim == 2) for i in range(len(g))]
     params = parameters_of(drawn)
     # the group without decay: the release decays its vectors all the same
     optimizer = MARS.official(
@@ -298,9 +363,11 @@ def test_official_preset_reproduces_the_release(mars_type, optimize_1d):
         gamma=0.1,
         mars_type=f"mars-{mars_type}",
         optimize_1d=optimize_1d,
+        is_approx=is_approx,
         ns_dtype=torch.float64,
     )
-    assert_same(train(optimizer, params, drawn[1]), x, rtol=0, atol=ROUNDING)
+    actual = train(optimizer, params, drawn[1], None if is_approx else drawn[2])
+    assert_same(actual, x, rtol=0, atol=ROUNDING)
 
 
 def test_official_preset_sets_every_row_of_the_table():

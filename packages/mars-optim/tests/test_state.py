@@ -5,6 +5,7 @@ import io
 import pickle
 
 import pytest
+import reference
 import torch
 from trajectories import TYPES, draw
 
@@ -171,6 +172,29 @@ def test_official_checkpoint_loads_with_one_warning_and_steps_on(exact):
             optimizer.step()  # previous_grad had become last_grad already, and that is used up
 
 
+@pytest.mark.parametrize("mars_type", ["lion", "shampoo"])
+def test_official_checkpoints_of_types_without_second_moment_step_on(mars_type):
+    """The release allocates both moments whatever the type."""
+    checkpoint = official_checkpoint(exact=False)
+    checkpoint["param_groups"][0]["mars_type"] = f"mars-{mars_type}"
+    params, optimizer = build(mars_type, preset="official", ns_dtype=torch.float32)
+    with pytest.warns(UserWarning, match="lacks the options"):
+        optimizer.load_state_dict(checkpoint)
+    start, saved = params[0].detach().double().clone(), checkpoint["state"][0]
+    for param in params:
+        param.grad = torch.full_like(param, 0.01)
+    optimizer.step()
+    c = 0.01 + 0.05 * 0.9 / (1 - 0.9) * (0.01 - saved["last_grad"].double())
+    m = 0.9 * saved["exp_avg"].double() + 0.1 * c / max(1.0, c.norm())
+    factor = reference.newton_schulz(m.numpy() / (1 - 0.9), eps=1e-8) * (6 / 4) ** 0.5
+    u = m.sign() if mars_type == "lion" else torch.tensor(factor)
+    # float32, and Newton-Schulz amplifies its rounding by up to 3.4 a step
+    torch.testing.assert_close(
+        params[0].detach().double(), start - 0.02 * (u + 0.01 * start), rtol=0, atol=1e-5
+    )
+    assert float(optimizer.state[params[0]]["step"]) == 8
+
+
 def test_exact_checkpoint_between_record_and_step_keeps_the_recorded_gradient():
     def until_recorded(params, optimizer):
         for value in (1.0, 2.0):
@@ -228,6 +252,40 @@ def test_exact_form_with_a_given_reference_keeps_no_gradient():
             p.grad = torch.ones_like(p)
         optimizer.step(prev_grads=[p.grad.clone() for p in params])
     assert optimizer.state[params[0]].keys() == {"step", "exp_avg"}
+
+
+def test_exact_form_at_the_previous_parameters_keeps_them_and_no_gradient():
+    params, optimizer = build("adamw", is_approx=False)
+    advance(params, optimizer, 0, 3)
+    assert optimizer.state[params[0]].keys() == {"step", "exp_avg", "exp_avg_sq", "prev_param"}
+    assert "last_grad" not in optimizer.state[params[2]]
+
+
+def test_steps_are_counted_by_scalars_on_the_cpu():
+    params, optimizer = build("adamw", dtype=torch.float64)
+    advance(params, optimizer, 0, 3)
+    for param in params:
+        step = optimizer.state[param]["step"]
+        assert (step.shape, step.dtype, step.device.type, float(step)) == ((), torch.float32, "cpu", 3.0)
+
+
+@pytest.mark.parametrize("mars_type", TYPES)
+def test_a_step_that_the_scaler_skips_leaves_parameters_and_state_untouched(mars_type):
+    params, optimizer = build(mars_type)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for t in range(4):
+        optimizer.zero_grad()
+        before = [p.detach().clone() for p in params]
+        state = copy.deepcopy(optimizer.state_dict()["state"])
+        scaler.scale(sum((p**4).sum() for p in params)).backward()
+        if t == 2:
+            params[1].grad[0, 0] = torch.inf
+        scaler.step(optimizer)
+        scaler.update()
+        stood_still = [torch.equal(p, x) for p, x in zip(params, before, strict=True)]
+        assert stood_still == [t == 2] * len(params)
+        if t == 2:
+            torch.testing.assert_close(optimizer.state_dict()["state"], state, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

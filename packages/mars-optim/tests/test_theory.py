@@ -66,6 +66,28 @@ def test_one_step_error_is_what_the_momentum_recursion_produces():
     assert actual == pytest.approx(expected, rel=ROUNDING)
 
 
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("beta1", [0.1, 0.5, 0.95, 0.99])
+def test_the_best_strength_gains_the_paper_s_m_on_full_strength_which_obeys_the_storm_bound(seed, beta1):
+    """Lemma C.2 for samples with gradients A_i x - b_i, which are L-smooth with L the largest ||A_i||."""
+    rng = np.random.default_rng(seed)
+    curvature, slope = rng.normal(size=(7, 5, 5)), rng.normal(size=(7, 5))
+    x, x_next, eps = rng.normal(size=(3, 5))
+    grad, before = curvature @ x_next - slope, curvature @ x - slope
+    delta = grad - before
+    smoothness = max(np.linalg.norm(a, 2) for a in curvature)
+    noise = np.mean(np.sum((grad - grad.mean(axis=0)) ** 2, axis=1))
+    moved = np.sum((x_next - x) ** 2)
+    bound = beta1**2 * eps @ eps + 2 * beta1**2 * smoothness**2 * moved + 2 * (1 - beta1) ** 2 * noise
+    star = theory.gamma_star(delta, grad, eps, beta1)
+    # the error is a parabola in gamma: M is its drop from 1 to gamma*, >= 0, and 0 at gamma = 1
+    gain = beta1**2 * np.mean(np.sum(delta**2, axis=1)) * (1 - star) ** 2
+    at_one, at_star = (theory.one_step_error(delta, grad, eps, beta1, gamma) for gamma in (1.0, star))
+    assert at_one <= bound
+    assert at_star == pytest.approx(at_one - gain, rel=1e-9)  # star is squared, so up to 1e3 times rounding
+    assert at_star <= bound - gain
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_the_misprinted_forms_of_the_overlap_do_not_minimise_the_error(seed):
     delta, grad, eps = finite_sum(seed)

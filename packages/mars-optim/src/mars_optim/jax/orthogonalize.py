@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 SCALES = ("none", "sqrt_ratio", "rms")
@@ -23,9 +23,9 @@ SCALES = ("none", "sqrt_ratio", "rms")
 def newton_schulz(
     matrix: Float[Array, "*batch rows cols"],
     *,
-    steps: int = 5,
+    steps: int | Int[Array, ""] = 5,
     coefficients: tuple[float, float, float] = COEFFICIENTS,
-    eps: float = 1e-7,
+    eps: float | Float[Array, ""] = 1e-7,
 ) -> Float[Array, "*batch rows cols"]:
     """Approximate polar factor of each matrix by the quintic Newton-Schulz iteration.
 

@@ -8,7 +8,7 @@ orthogonalised, so under mars-shampoo and mars-m they go to AdamW; patterns move
 import math
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -141,6 +141,7 @@ def _check_that_all_match(
             )
 
 
+@runtime_checkable
 class HasParamGroups(Protocol):
     """Anything with `param_groups`: an optimizer or a wrapper of one."""
 
