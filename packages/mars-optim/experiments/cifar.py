@@ -30,7 +30,7 @@ from recipe import UsageError
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mars_optim.torch import MARS, build_param_groups
+from mars_optim.torch import MARS
 
 RATES = {"adamw": 1e-3, "muon": 2e-2, "mars-adamw": 3e-3, "mars-lion": 3e-4, "mars-shampoo": 2e-2}
 PUBLISHED = {  # best test accuracy in per cent on CIFAR-10 and CIFAR-100
@@ -112,9 +112,16 @@ def cropped_and_flipped(images: Tensor, generator: torch.Generator) -> Tensor:
     mirrored = torch.randint(2, (count, 1), generator=generator).to(device)
     pixels = torch.arange(32, device=device)
     rows, columns = shifts[0] + pixels, shifts[1] + torch.where(mirrored == 1, 31 - pixels, pixels)
-    padded = F.pad(images, (4, 4, 4, 4))
-    sample = torch.arange(count, device=device)[:, None, None]
-    return padded.movedim(1, -1)[sample, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
+    sample, channel = torch.arange(count, device=device), torch.arange(3, device=device)
+    # Indexed in this order the result is contiguous: channels-last images crash a strided convolution of
+    # torch 2.15 on the CPU.
+    where = (
+        sample[:, None, None, None],
+        channel[:, None, None],
+        rows[:, None, :, None],
+        columns[:, None, None],
+    )
+    return F.pad(images, (4, 4, 4, 4))[where]
 
 
 # ---------------------------------------------------------------------------------- model and optimizer
@@ -175,7 +182,7 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.O
         return torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     muon, beta = args.optimizer == "muon", 0.95
     return MARS(
-        build_param_groups(model, "mars-shampoo" if muon else args.optimizer, weight_decay=args.weight_decay),
+        recipe.mars_groups(model, "mars-shampoo" if muon else args.optimizer, args.weight_decay),
         args.lr,
         (beta, 0.99),
         gamma=1 - beta if muon else args.gamma,

@@ -13,6 +13,7 @@ from typing import Any
 from recipe import UsageError
 
 OPTIMIZERS = ("adamw", "muon", "mars-adamw", "mars-lion", "mars-shampoo", "mars-m")
+SHAPE = ("layers", "heads", "width")
 SIZES = {  # layers, heads, width, lowest learning rate of the schedule
     "small": (12, 12, 768, 3e-5),
     "medium": (24, 16, 1024, 6e-5),
@@ -27,7 +28,7 @@ RATES = {  # peak learning rates of the four sizes
 }
 # What two calls must share for one to continue the other.
 TRAJECTORY = (
-    *("layers", "heads", "width", "context", "vocabulary", "seed", "precision"),
+    *(*SHAPE, "context", "vocabulary", "seed", "precision"),
     *("optimizer", "exact", "lr", "min_lr", "gamma", "batch", "steps", "warmup"),
 )
 
@@ -87,16 +88,17 @@ def options(argv: Sequence[str], description: str | None) -> argparse.Namespace:
     add("--fused", action="store_true", help="fused kernels of the mars optimizers")
     add("--against", type=Path, nargs="*", default=[], help="folders of finished runs, for the verdict")
     add("--seed", type=int, default=0)
-    for name in ("layers", "heads", "width"):
+    for name in SHAPE:
         add(f"--{name}", type=int, help="instead of the size's own")
     add("--context", type=int, default=1024)
     add("--vocabulary", type=int, default=50304)
     args = parser.parse_args(argv)
 
-    layers, heads, width, lowest = SIZES[args.size]
-    asked = (args.layers, args.heads, args.width)
-    args.layers, args.heads, args.width = args.layers or layers, args.heads or heads, args.width or width
-    if any(asked) or (args.context, args.vocabulary) != (1024, 50304):
+    *shape, lowest = SIZES[args.size]
+    asked = [getattr(args, name) for name in SHAPE]
+    for name, given, own in zip(SHAPE, asked, shape, strict=True):
+        setattr(args, name, own if given is None else given)
+    if asked != [None] * 3 or (args.context, args.vocabulary) != (1024, 50304):
         args.size = "custom"  # nothing is published for it
     elif args.lr is None and args.optimizer in RATES:
         args.lr = RATES[args.optimizer][list(SIZES).index(args.size)]
@@ -105,9 +107,12 @@ def options(argv: Sequence[str], description: str | None) -> argparse.Namespace:
     args.min_lr = min(lowest, args.lr)
     if args.exact and not args.optimizer.startswith("mars"):
         raise UsageError(f"--exact needs a mars optimizer, got {args.optimizer}")
-    for name in ("batch", "micro_batch", "steps", "eval_every", "checkpoint_every", "log_every", "context"):
+    counts = ("batch", "micro_batch", "steps", "eval_every", "checkpoint_every", "log_every")
+    for name in (*SHAPE, "context", "vocabulary", *counts):
         if getattr(args, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be >= 1, got {getattr(args, name)}")
+    if args.width % args.heads:
+        raise UsageError(f"--width must be a multiple of --heads, got {args.width} and {args.heads}")
     if not 0 <= args.warmup < args.steps:
         raise UsageError(f"--warmup must be in [0, steps), got {args.warmup} with {args.steps} steps")
     if not (args.lr > 0 and math.isfinite(args.lr)):
