@@ -34,6 +34,18 @@ def run_wrapped(drawn, make_base, *, is_approx=True, **options):
     return train(optimizer, params, drawn, references=not is_approx)
 
 
+class Recorder(torch.optim.SGD):
+    """A base that only keeps what it is shown."""
+
+    def __init__(self, params):
+        super().__init__(params, lr=0.1, momentum=0.9)
+        self.shown = []
+
+    def step(self, closure=None):  # noqa: ARG002 - the signature of torch's
+        params = [param for group in self.param_groups for param in group["params"]]
+        self.shown.append([None if p.grad is None else p.grad.detach().clone() for p in params])
+
+
 class Softmax:
     """Softmax regression on fixed batches, so that every way sees the same data."""
 

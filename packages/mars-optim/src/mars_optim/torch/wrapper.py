@@ -9,33 +9,29 @@ schedule-free or a distributed Shampoo it is a method that has no class of its o
 Source: Yuan et al. 2025 (arXiv 2411.10438), Algorithm 1.
 """
 
+# pyright: reportPrivateImportUsage=false
+# torch._foreach_* carry an underscore but are what torch.optim and its users build on
+
 import inspect
 import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .correction import clip_divisor, gradient_correction, norm_of, working_dtype
+from .corrected import CorrectedList, Options, add, clip_all
+from .correction import gradient_correction, working_dtype
 from .exact import ExactForm
 from .options import check_choice, check_non_negative
-from .state import is_dtensor, own_part, remember_gradient, restore_state
+from .state import restore_state
 
 _PREFIX = "mars_"  # marks the wrapper's entries in a state_dict that also holds the base's
 _LARGEST_QUIET_GAMMA = 0.2
 _CHOICES = {"clip_scope": ("tensor", "global"), "prev_grad_init": ("current", "zero")}
-
-
-class _Corrected(NamedTuple):
-    """One tensor's c_t before the clip, in the working dtype and in memory of its own."""
-
-    group: dict[str, Any]
-    param: Tensor
-    gradient: Tensor
 
 
 class VarianceReduced(ExactForm, torch.optim.Optimizer):
@@ -170,19 +166,20 @@ class VarianceReduced(ExactForm, torch.optim.Optimizer):
         if self._reference_overflowed():
             self._forget_references()
             return loss
-        corrected = [item for group in self.param_groups for item in self._corrected(group)]
-        shown = dict(zip((id(item.param) for item in corrected), self._clipped(corrected), strict=True))
-        for group in self.param_groups:
-            self._remember_params(group, [param for param in group["params"] if id(param) in shown])
+        lists = self._lists()
+        for each in lists:
+            each.correct()
+        clip_all(lists)
+        shown = {id(p): c for each in lists for p, c in zip(each.params, each.shown(), strict=True)}
+        for each in lists:
+            self._remember_params(each.group, each.params)
         with self._gradients_replaced(shown):
             self.base.step()
-        for group, param, _ in corrected:
-            state = self.state[param]
-            if "step" not in state:
-                state["step"] = torch.zeros((), dtype=torch.float32)
-            state["step"] += 1
-            if group["is_approx"] and param.grad is not None:
-                remember_gradient(state, "last_grad", param.grad, param, group)
+        for each in lists:
+            states = [self.state[param] for param in each.params]
+            _count_step(states)
+            if each.options.remembers:
+                each.remember(states)
         self._after_step(set(shown))
         return loss
 
@@ -228,16 +225,39 @@ class VarianceReduced(ExactForm, torch.optim.Optimizer):
         super().__setstate__(state)
         self._forget_references()
 
-    def _corrected(self, group: dict[str, Any]) -> Iterator[_Corrected]:
-        """c_t of the group's tensors. Raises for whatever is missing or wrong; changes nothing."""
-        for param in group["params"]:
-            grad = self._folded_gradient(param) if self._folded else param.grad
-            if grad is None:
-                continue
-            if grad.layout != torch.strided:
-                raise RuntimeError(f"VarianceReduced needs dense gradients, got one of layout {grad.layout}")
-            wide = _widened(grad) if self._folded else self._folding(group, param, grad)
-            yield _Corrected(group, param, wide.clone() if wide is grad else wide)
+    def _lists(self) -> list[CorrectedList]:
+        """What this step corrects. Raises for whatever is missing or wrong; changes nothing."""
+        lists: dict[object, CorrectedList] = {}
+        for group in self.param_groups:
+            options = self._options_of(group)
+            for param in group["params"]:
+                grad = self._folded_gradient(param) if self._folded else param.grad
+                if grad is None:
+                    continue
+                if grad.layout != torch.strided:
+                    raise RuntimeError(
+                        f"VarianceReduced needs dense gradients, got one of layout {grad.layout}"
+                    )
+                reference = None if self._folded else self._reference(param, grad, group)
+                if reference is grad or options.factor == 0:
+                    reference = None
+                elif reference is not None and reference.shape != grad.shape:
+                    shapes = f"{tuple(grad.shape)} and {tuple(reference.shape)}"
+                    raise ValueError(f"gradient and reference must have the same shape, got {shapes}")
+                add(lists, options, group, param, grad, reference)
+        return list(lists.values())
+
+    def _options_of(self, group: dict[str, Any]) -> Options:
+        beta1 = float(_beta1_of(group, self.beta1))
+        _check_beta1(beta1)
+        check_non_negative("gamma", group["gamma"])
+        return Options(
+            factor=group["gamma"] * beta1 / (1 - beta1),
+            clip=group["clip"],
+            by_common_norm=group["clip_scope"] == "global",
+            remembers=group["is_approx"],
+            prev_grad_dtype=group["prev_grad_dtype"],
+        )
 
     def _folding(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> Tensor:
         """The unclipped c_t; the gradient itself where h_t is the same."""
@@ -248,25 +268,15 @@ class VarianceReduced(ExactForm, torch.optim.Optimizer):
         wide = _widened(grad)
         return gradient_correction(wide, reference.to(wide.dtype), beta1=beta1, gamma=group["gamma"])
 
-    def _clipped(self, corrected: list[_Corrected]) -> list[Tensor]:
-        """c~_t in the dtype of each parameter's gradient."""
-        limited = [item for item in corrected if item.group["clip"] is not None]
-        squares = _squared_norms([item.gradient for item in limited])
-        shared = [s for s, item in zip(squares, limited, strict=True) if _clips_globally(item)]
-        total = torch.stack([s.to(shared[0].device) for s in shared]).sum() if shared else None
-        for item, square in zip(limited, squares, strict=True):
-            own = own_part(item.gradient)
-            norm = (total if total is not None and _clips_globally(item) else square).sqrt()
-            own.div_(clip_divisor(norm.to(own.device, own.dtype.to_real()), item.group["clip"]))
-        return [c.to(p.dtype if p.grad is None else p.grad.dtype) for _, p, c in corrected]
-
     @contextmanager
     def _gradients_replaced(self, shown: dict[int, Tensor]) -> Iterator[None]:
         """Inside, .grad is what is shown, and None where nothing is; the caller's gradients come back."""
         own = [(param, param.grad) for param in self._all_params()]
         try:
-            for param, _ in own:
-                param.grad = shown.get(id(param))
+            for param, grad in own:
+                corrected = shown.get(id(param))
+                if corrected is not grad:
+                    param.grad = corrected
             yield
         finally:
             for param, grad in own:
@@ -286,26 +296,20 @@ def _widened(grad: Tensor) -> Tensor:
     return grad if grad.is_complex() else grad.to(working_dtype(grad.dtype))
 
 
-def _squared_norms(tensors: list[Tensor]) -> list[Tensor]:
-    """Squared norms of whole tensors, 0-d in float64; one all-reduce for all that are spread over ranks."""
-    spread = [i for i, tensor in enumerate(tensors) if is_dtensor(tensor)]
-    squares = [norm_of(own_part(tensor)).double().square() for tensor in tensors]
-    if spread:
-        from .shards import Layout, squared_norms
-
-        layouts = [Layout.of(tensors[i]) for i in spread]  # pyright: ignore[reportArgumentType]
-        parts = [own_part(tensors[i]) for i in spread]
-        whole = squared_norms(parts, layouts)
-        squares = [dict(zip(spread, whole, strict=True)).get(i, s).sum() for i, s in enumerate(squares)]
-    return squares
-
-
-def _clips_globally(item: _Corrected) -> bool:
-    return item.group["clip_scope"] == "global"
-
-
 def _do_nothing() -> None:
     """What the modes of an optimiser without modes do."""
+
+
+def _count_step(states: list[dict[str, Any]]) -> None:
+    for state in states:
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+    steps = [state["step"] for state in states]
+    if all(step.is_cpu for step in steps):
+        # as in torch.optim: adding a number would make a tensor of it for every step counter
+        torch._foreach_add_(steps, torch.tensor(1.0), alpha=1.0)
+    else:
+        torch._foreach_add_(steps, 1)
 
 
 def _beta1_of(group: Mapping[str, Any], beta1: float | None) -> Any:
