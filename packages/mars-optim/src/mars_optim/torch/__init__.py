@@ -10,6 +10,7 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 
+from .clipping import clip_grad_norm_pair_
 from .diagnostics import estimator_error
 from .functional import UpdateRule, clip_by_norm, gradient_correction, mars, quasi_hyperbolic
 from .optimizer import MARS
@@ -24,6 +25,7 @@ __all__ = [
     "VarianceReduced",
     "build_param_groups",
     "clip_by_norm",
+    "clip_grad_norm_pair_",
     "estimator_error",
     "gradient_correction",
     "mars",

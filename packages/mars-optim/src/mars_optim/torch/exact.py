@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .correction import gradient_correction, working_dtype
+from .exchange import copy_all, swap
 from .gradients import objective_gradient
 from .options import path_of
 from .state import on_any_rank, own_part, remember_gradient
@@ -31,6 +32,11 @@ _FOUR_WAYS = (
     "the exact form (is_approx=False) needs the gradient of this batch at the previous parameters; "
     "supply it by (1) `with opt.at_previous_params(): loss.backward()`, (2) `opt.step(closure)`, "
     "(3) `opt.record_next_batch_grad()` or `opt.fold()` in the step before, or (4) `opt.step(prev_grads=...)`"
+)
+_NOTHING_HELD = (
+    "clip_grad_norm_pair_() found no gradient at the previous parameters in the optimizer: call it between "
+    "`with opt.at_previous_params(): ...` or `opt.record_next_batch_grad()` and `opt.step()`; give what "
+    "`opt.step(prev_grads=...)` gets as a sequence; `opt.step(closure)` leaves no place for it"
 )
 
 
@@ -53,6 +59,7 @@ class ExactForm:
         module: torch.nn.Module | None = None,
         update_buffers: bool = False,
         scaler: torch.amp.GradScaler | None = None,
+        by_pointer: bool = False,
     ) -> Iterator[None]:
         """Parameters hold x_{t-1} inside; on exit the gradients become h_t and the parameters come back.
 
@@ -72,6 +79,9 @@ class ExactForm:
             update_buffers: keep what the body did to the buffers of `module`.
             scaler: GradScaler by which the loss of the body is scaled; the gradients are divided by its
                 scale. A step whose h_t overflowed is skipped.
+            by_pointer: let plain parameters point at x_{t-1} instead of copying it in and out. For bodies
+                that reach parameters through their modules alone: a captured CUDA graph, a view or NumPy
+                array held from before, or weights flattened for cuDNN would silently read x_t.
 
         Raises:
             RuntimeError: when no group is exact, when gradients are there on entry, or when parameters
@@ -85,7 +95,7 @@ class ExactForm:
             raise RuntimeError(
                 "at_previous_params() needs gradients that are None or zero on entry: call zero_grad()"
             )
-        with self._previous_params_pass(replay_rng, module, update_buffers, scaler):
+        with self._previous_params_pass(replay_rng, module, update_buffers, scaler, by_pointer):
             yield
 
     @torch.no_grad()
@@ -213,7 +223,7 @@ class ExactForm:
                 for param in self._all_params():
                     if param.grad is not None:
                         param.grad.zero_()
-                with self._previous_params_pass(True, None, False, None), torch.enable_grad():
+                with self._previous_params_pass(True, None, False, None, False), torch.enable_grad():
                     closure()
             elif not any("last_grad" in state or "previous_grad" in state for state in self.state.values()):
                 self._source = "previous parameters"  # the first step: remember x_1 for the second
@@ -233,6 +243,26 @@ class ExactForm:
         if self._source is None and "last_grad" in self.state[param]:
             return self.state[param]["last_grad"]
         raise RuntimeError(_FOUR_WAYS)
+
+    def _held_references(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """The h_t of the coming step that are held for these tensors: the memory the step will read."""
+        self._require_exact("clip_grad_norm_pair_(..., optimizer)")
+        if self._folded:
+            raise RuntimeError("clip_grad_norm_pair_() must come before fold(), which mixes g_t with h_t")
+        wanted = {id(param) for param in params if param.grad is not None}
+        held = []
+        for group, param in self._exact_params():
+            state = self.state.get(param, {})
+            restarts = "step" not in state or "correction_reset" in state  # h_t is g_t itself or 0
+            if id(param) not in wanted or restarts or not self._corrects(param, group):
+                continue
+            if id(param) in self._pending:
+                held.append(self._pending[id(param)])
+            elif self._source is None:
+                if "last_grad" not in state:
+                    raise RuntimeError(_NOTHING_HELD)
+                held.append(state["last_grad"])
+        return held
 
     def _accept_prev_grads(self, prev_grads: Sequence[Tensor | None] | Mapping[Any, Tensor]) -> None:
         """Check and keep the h of way 4."""
@@ -257,7 +287,7 @@ class ExactForm:
         name_of = {id(p): name for p, name in zip(params, names, strict=True)}
         for param, value in given:
             if value is not None:
-                _require_like(param, value, name_of[id(param)])
+                require_like(param, value, name_of[id(param)])
         pending = {id(param): value.detach() for param, value in given if value is not None}
         for group, param in self._exact_params():
             needs = param.grad is not None and "step" in self.state.get(param, {})
@@ -274,6 +304,7 @@ class ExactForm:
         module: torch.nn.Module | None,
         update_buffers: bool,
         scaler: torch.amp.GradScaler | None,
+        by_pointer: bool,
     ) -> Iterator[None]:
         params = self._all_params()
         for param in params:
@@ -293,12 +324,12 @@ class ExactForm:
         had_gradient = [param.grad is not None for param in params]
         moved = [(p, self.state[p]["prev_param"]) for p in params if "prev_param" in self.state.get(p, {})]
         finished = False
-        _swap(moved)
+        swap(moved, by_pointer=by_pointer)
         try:
             yield
             finished = True
         finally:
-            _swap(moved)
+            swap(moved, by_pointer=by_pointer)
             if finished:
                 self._keep_pending(params, scaler)
             for param, had in zip(params, had_gradient, strict=True):
@@ -332,11 +363,13 @@ class ExactForm:
             for param in params:
                 self.state[param].pop("prev_param", None)
             return
+        kept = []
         for param in params:
             state = self.state[param]
             if "prev_param" not in state:
                 state["prev_param"] = torch.empty_like(param)
-            state["prev_param"].copy_(param.detach())
+            kept.append(state["prev_param"])
+        copy_all(kept, params)
 
     def _after_step(self, updated: set[int]) -> None:
         """Consume the h of this step and promote the one recorded for the next."""
@@ -397,16 +430,8 @@ def _reshard(module: torch.nn.Module | None) -> None:
             part.reshard()  # pyright: ignore[reportCallIssue]
 
 
-@torch.no_grad()
-def _swap(pairs: list[tuple[Tensor, Tensor]]) -> None:
-    """Exchange contents one tensor at a time, which is exact and needs room for one tensor."""
-    for param, stored in pairs:
-        kept = param.detach().clone()
-        param.copy_(stored)
-        stored.copy_(kept)
-
-
-def _require_like(param: Tensor, value: Tensor, name: str) -> None:
+def require_like(param: Tensor, value: Tensor, name: str) -> None:
+    """Raise ValueError unless an entry of prev_grads has the shape, dtype, ... of its parameter."""
     for what in ("shape", "dtype", "device", "placements"):  # plain tensors have no placements
         pair: list[Any] = [getattr(tensor, what, None) for tensor in (param, value)]
         wanted, got = pair
