@@ -43,7 +43,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from mars_optim.torch import MARS
+from mars_optim.torch import MARS, clip_grad_norm_pair_
 from tenfold_tools.workloads import ByteGPT, GPTConfig, warmup_cosine
 
 # ------------------------------------------------------------------------------------------------- data
@@ -214,9 +214,11 @@ def main(argv: list[str]) -> int:
             if args.exact:
                 with optimizer.at_previous_params(module=model):
                     add_gradient(rows)
-                    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             loss = add_gradient(rows)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            if args.exact:
+                norm = clip_grad_norm_pair_(model.parameters(), optimizer, 1.0)  # h_t by g_t's factor
+            else:
+                norm = recipe.whole(nn.utils.clip_grad_norm_(model.parameters(), 1.0))
             optimizer.step()
             step += 1
             # One exchange per step: the loss, and whether any rank was told to stop.
@@ -225,7 +227,6 @@ def main(argv: list[str]) -> int:
                 raise recipe.RunError(f"the loss is {loss} at step {step}; {folder.checkpoint} is as before")
             bar.update()
             bar.set_postfix(loss=f"{loss:.3f}")
-            norm = recipe.whole(norm)
             if step % args.log_every == 0:
                 now = time.perf_counter()
                 folder.record(
