@@ -30,7 +30,8 @@ def jax_contenders(shapes: Shapes, device: str) -> tuple[dict[str, Contender], d
 
         from mars_optim.jax import mars
 
-        place = jax.devices("cuda" if device.startswith("cuda") else "cpu")[0]
+        kind, _, index = device.partition(":")
+        place = jax.devices(kind)[int(index or 0)]
     except (ImportError, RuntimeError) as problem:
         missing = "not installed" if isinstance(problem, ImportError) else "not usable here"
         return {}, dict.fromkeys(

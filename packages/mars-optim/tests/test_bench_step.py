@@ -172,6 +172,26 @@ def test_stealing_gets_fresh_gradients_and_makes_the_step_of_fused_mars(modules,
     assert all(param.grad is gradient for param, gradient in zip(params, gradients, strict=True))
 
 
+def test_stealing_reads_gradient_and_previous_gradient_from_different_memory(modules, monkeypatch):
+    made = []
+
+    class Recorded(MARS):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **{**options, "fused": None})
+            made.append(self)
+
+    monkeypatch.setattr(modules.contenders, "MARS", Recorded)
+    params = modules.bench_step.parameters([(5, 4)], "cpu")
+    steal = modules.contenders.stealing(1.0)(params)
+    kept = []
+    for _ in range(4):
+        steal()
+        (state,) = made[0].state.values()
+        kept.append(state["last_grad"].data_ptr())
+    assert kept[0] == kept[2] != kept[1] == kept[3]
+    assert params[0].grad.data_ptr() not in kept
+
+
 @pytest.mark.parametrize(
     ("peer", "options"),
     [

@@ -165,6 +165,18 @@ def test_way_3_with_fold_needs_one_gradient_at_all_times(options, least):
     assert folded == least + 4
 
 
+def test_the_gradient_of_way_3_is_given_back_once_it_was_used():
+    params, optimizer = exact_optimizer({})
+    set_gradients(params, 0)
+    optimizer.step()
+    set_gradients(params, 2)
+    optimizer.record_next_batch_grad()  # for the step after the next
+    optimizer.step(prev_grads=[torch.ones_like(param) for param in params])
+    assert bytes_per_parameter(optimizer) == 12
+    optimizer.step()
+    assert bytes_per_parameter(optimizer) == 8
+
+
 # ----------------------------------------------------------------------------------------- temporaries
 
 
