@@ -95,3 +95,16 @@ def test_the_first_example_of_the_readme_trains_a_model():
         "print(json.dumps([start.item(), loss.item()]))"
     )
     assert losses[1] < 0.8 * losses[0]  # from log 10, the loss of not knowing
+
+
+@pytest.mark.slow  # 200 steps outside of jit
+def test_the_jax_example_of_the_readme_finds_its_weights():
+    pytest.importorskip("jax", reason="the example is about optax")
+    pytest.importorskip("optax", reason="the example is about optax")
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    example = readme.split("```python\nimport jax, ")[1].split("```")[0]
+    losses = in_fresh_interpreter(
+        f"import json\nimport jax, {example}\n"
+        "print(json.dumps([float(loss(jnp.zeros((8, 1)))), float(loss(w))]))"
+    )
+    assert losses[1] < 1e-2 * losses[0]

@@ -124,6 +124,35 @@ def test_a_norm_that_is_not_finite_gives_nan_and_no_silent_zero_step(bad):
     assert np.isnan(np.asarray(c)).all()
 
 
+def test_float16_gradients_do_not_overflow_in_the_correction():
+    tx = mars_correction(b1=0.9, gamma=1.0, clip=1.0, is_approx=False)
+    g = jnp.full((2, 2), 50000.0, jnp.float16)
+    _, state = tx.update(g, tx.init(g), prev_grads=g)
+    # c = 50000 + 9 * 100000 is far above what float16 holds; clipped to norm 1 it is 1/2
+    c, _ = tx.update(g, state, prev_grads=-g)
+    assert c.dtype == jnp.float16
+    np.testing.assert_array_equal(c, 0.5)
+
+
+@pytest.mark.parametrize("clip_scope", ["leaf", "global"])
+def test_norms_are_summed_over_a_named_axis(clip_scope):
+    """The slices of a vmap are shards to psum, as those of shard_map are, which the slow tests run."""
+    grads = [dict(zip("ab", arrays(seed, (4, 3), (6,)), strict=True)) for seed in (10, 11)]
+    one = mars_correction(clip=0.3, clip_scope=clip_scope)
+    split = mars_correction(clip=0.3, clip_scope=clip_scope, axis_name="d")
+    on_halves = jax.jit(jax.vmap(split.update, axis_name="d"))
+
+    def halves(tree):
+        return {name: x.reshape(2, -1, *x.shape[1:]) for name, x in tree.items()}
+
+    state, states = one.init(grads[0]), jax.vmap(split.init)(halves(grads[0]))
+    for g in grads:
+        expected, state = jax.jit(one.update)(g, state)
+        actual, states = on_halves(halves(g), states)
+        for name, c in expected.items():
+            np.testing.assert_allclose(actual[name].reshape(c.shape), c, rtol=SINGLE, atol=SINGLE)
+
+
 def test_masked_leaves_pass_unchanged_and_cost_no_state():
     tree = {"a": jnp.full((2, 2), 3.0), "b": {"c": jnp.full((2,), 7.0), "d": jnp.full((2,), 7.0)}}
     wanted = {"a": True, "b": False}

@@ -1,6 +1,7 @@
 """`mars_optim.jax.mars` against the specification's numbers, the NumPy truth, torch and known optimisers."""
 
 import dataclasses
+import inspect
 
 import numpy as np
 import pytest
@@ -321,6 +322,51 @@ def test_gamma_of_one_minus_beta_is_nesterov_momentum():
 
 
 # --- options -----------------------------------------------------------------------------------------
+
+
+def test_defaults_are_those_of_the_paper():
+    expected = {
+        "mars_type": "mars-adamw",
+        "b1": 0.95,
+        "b2": 0.99,
+        "eps": 1e-8,
+        "gamma": 0.025,
+        "clip": 1.0,
+        "clip_scope": "leaf",
+        "is_approx": True,
+        "prev_grad_init": "current",
+        "prev_grad_dtype": None,
+        "keep_prev_params": False,
+        "mask": None,
+        "axis_name": None,
+        "orthogonalize": "newton_schulz",
+        "ns_steps": 5,
+        "scale": None,
+        "amsgrad": False,
+        "optimize_1d": False,
+        "lr_1d_ratio": 1.0,
+        "b1_1d": 0.9,
+        "b2_1d": 0.95,
+        "weight_decay_1d": 0.1,
+    }
+    for function in (mars, scale_by_mars, mars_correction):
+        found = {name: p.default for name, p in inspect.signature(function).parameters.items()}
+        assert {name: value for name, value in expected.items() if name in found} == {
+            name: value for name, value in found.items() if name in expected
+        }
+
+
+@pytest.mark.parametrize("mars_type", TYPES)
+def test_empty_and_scalar_leaves_take_their_step_beside_others(mars_type):
+    rng = np.random.default_rng(15)
+    shapes = ((0, 3), (2, 0), (0,), (), (3, 2))
+    start, *drawn = ([rng.normal(size=s) for s in shapes] for _ in range(3))
+    for options in ({"clip_scope": "global"}, {"optimize_1d": True}):
+        tx = mars(0.1, mars_type, **options)
+        together = run(tx, start, [(g, g) for g in drawn])
+        alone = run(tx, start[3:], [(g[3:], g[3:]) for g in drawn])
+        assert [x.shape for x in together[-1]] == list(shapes)
+        assert_same([xs[3:] for xs in together], alone)
 
 
 def test_weight_decay_of_mars_m_defaults_to_a_tenth_and_of_the_others_to_zero():

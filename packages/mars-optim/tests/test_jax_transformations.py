@@ -144,6 +144,50 @@ def test_injected_hyperparameters_equal_the_plain_ones_and_can_be_changed():
     assert_close(updates, expected)
 
 
+@pytest.mark.parametrize(
+    ("factory", "own", "dtype"),
+    [
+        (mars, {"learning_rate": 0.1, "mars_type": "adamw"}, jnp.float32),
+        (mars, {"learning_rate": 0.1, "mars_type": "shampoo"}, None),
+        (scale_by_mars, {"mars_type": "m"}, None),
+    ],
+)
+def test_every_number_can_be_injected_without_naming_what_is_static(factory, own, dtype):
+    """As in optax's own contract: strings, bools and None stay, all numbers become state."""
+    injected, plain = optax.inject_hyperparams(factory, hyperparam_dtype=dtype)(**own), factory(**own)
+    params = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}
+    state, expected_state = injected.init(params), plain.init(params)
+    assert {"b1", "b2", "eps", "gamma", "clip", "ns_steps"} <= state.hyperparams.keys()
+    update = jax.jit(injected.update)
+    for scale in (1.0, 2.0):
+        g = jax.tree.map(lambda p, scale=scale: scale * p, params)
+        updates, state = update(g, state, params)
+        expected, expected_state = plain.update(g, expected_state, params)
+        assert_close(updates, expected)
+    assert signature(state.inner_state) == signature(expected_state)
+
+
+@pytest.mark.parametrize("mars_type", TYPES)
+def test_the_valley_of_rosenbrock_is_descended(mars_type):
+    """The second problem of optax's contract: curved, so that no direction stays good."""
+
+    def loss(x):
+        return (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2
+
+    # one row, so that every type moves it by its own rule; a vector would go to AdamW
+    tx = mars(optax.linear_schedule(2e-2, 0.0, 2000), mars_type, gamma=0.1, clip=10.0, weight_decay=0.0)
+    start = jnp.array([[-1.0, 1.2]])
+
+    @jax.jit
+    def train(x):
+        gradient = jax.grad(lambda x: loss(x[0]))
+        return jax.lax.scan(lambda c, _: (step(tx, *c, gradient(c[0])), None), (x, tx.init(x)), None, 2000)[
+            0
+        ][0]
+
+    assert float(loss(train(start)[0])) < 0.1 * float(loss(start[0]))
+
+
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("mask_extra", [False, True])
 def test_partition_gives_each_group_its_own_optimiser(exact, mask_extra):

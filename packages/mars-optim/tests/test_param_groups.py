@@ -3,7 +3,6 @@
 import copy
 import math
 
-import jaxtyping
 import pytest
 
 torch = pytest.importorskip("torch", reason="parameter groups need torch")
@@ -45,14 +44,6 @@ class TimmModel(nn.Module):
 
     def get_classifier(self):
         return self.out
-
-
-@pytest.fixture
-def unchecked():
-    """Without the runtime check of annotations, which would raise before the package's own message."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def names_by_algorithm(groups):

@@ -25,12 +25,15 @@ from mars_optim.jax.trees import (
     at_step,
     cast_like,
     check,
+    check_state,
+    check_switch,
     compute_dtype,
     first_leaf,
     flags,
     is_hole,
     leaves_like,
     scalar,
+    state_like,
 )
 
 
@@ -93,7 +96,8 @@ def mars_correction(
     Raises:
         ValueError: for an argument outside its range; from `update`, at trace time, when the exact form gets
             no `prev_grads` or ones of another structure or shape, or `params` is missing and should be kept.
-        TypeError: if a gradient is not a real floating-point array.
+        TypeError: if a gradient is not a real floating-point array, or the state is none of this
+            transformation's.
 
     Source: Yuan et al. 2025 (arXiv 2411.10438), Algorithm 1.
     """
@@ -121,6 +125,7 @@ def mars_correction(
         **extra_args: Any,
     ) -> tuple[optax.Updates, MarsState]:
         del extra_args
+        check_state(state, MarsState)
         grads, treedef = arrays(updates)
         corrected, state = correction(updates, state, params, prev_grads, flags(mask, updates))
         return treedef.unflatten(map(cast_like, corrected, grads)), state
@@ -192,7 +197,9 @@ class Correction:
         check("b1", self.b1, "in [0, 1)", lambda x: 0 <= x < 1)
         check("gamma", self.gamma, "finite and >= 0", lambda x: 0 <= x < float("inf"))
         if self.clip is not None:
-            check("clip", self.clip, "> 0 (None turns it off)", lambda x: x > 0)
+            check("clip", self.clip, "finite and > 0 (None turns it off)", lambda x: 0 < x < float("inf"))
+        for name in ("is_approx", "keep_prev_params"):
+            check_switch(name, getattr(self, name))
         for name, options in (("clip_scope", ("leaf", "global")), ("prev_grad_init", ("current", "zero"))):
             if getattr(self, name) not in options:
                 raise ValueError(f"{name} must be one of {options}, got {getattr(self, name)!r}")
@@ -238,7 +245,7 @@ class Correction:
 
         `batch_axes` names, leaf by leaf, the axes whose slices are clipped on their own.
         """
-        _check_real(updates)
+        _check_real("gradients", updates)
         grads, treedef = arrays(updates)
         if self.keep_prev_params and params is None:
             raise ValueError("params must be given to update when keep_prev_params=True, got None")
@@ -246,7 +253,7 @@ class Correction:
         if self.is_approx:
             if prev_grads is not None:
                 warnings.warn("prev_grads is not used when is_approx=True", stacklevel=4)
-            stored = treedef.flatten_up_to(state.prev_grad)
+            stored = state_like("prev_grad", state.prev_grad, updates)
             references = stored
         else:
             references = self._given(updates, prev_grads, corrected)
@@ -292,6 +299,7 @@ class Correction:
                 "with h the gradient at the previous parameters on the current batch (mars_value_and_grad "
                 "gives both), got None"
             )
+        _check_real("prev_grads", prev_grads)
         references = [first_leaf(subtree) for subtree in leaves_like("prev_grads", prev_grads, updates)]
         grads = jax.tree_util.tree_leaves_with_path(updates, is_leaf=is_hole)
         for (path, grad), reference, use in zip(grads, references, corrected, strict=True):
@@ -346,10 +354,10 @@ def sum_over_mesh(squares: list[jax.Array], names: list[tuple[str, ...]]) -> lis
     return out
 
 
-def _check_real(updates: optax.Updates) -> None:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(updates):
+def _check_real(name: str, tree: optax.Updates) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise TypeError(
-                f"gradients must be real floating-point arrays, got {jnp.result_type(leaf)} at "
+                f"{name} must be real floating-point arrays, got {jnp.result_type(leaf)} at "
                 f"{jax.tree_util.keystr(path)} (optax.contrib.split_real_and_imaginary serves complex ones)"
             )

@@ -28,7 +28,18 @@ from mars_optim.jax.orthogonalize import (
     polar_factor,
     update_scale,
 )
-from mars_optim.jax.trees import arrays, check, compute_dtype, flatten, is_hole, leaves_like, scalar
+from mars_optim.jax.trees import (
+    arrays,
+    check,
+    check_state,
+    check_switch,
+    compute_dtype,
+    flatten,
+    is_hole,
+    leaves_like,
+    scalar,
+    state_like,
+)
 
 MARS_TYPES = ("mars-adamw", "mars-lion", "mars-shampoo", "mars-m", "mars-sgd")
 ORTHOGONALIZERS = ("newton_schulz", "svd")
@@ -71,7 +82,9 @@ class Rule:
         """Check every option whose value is known before tracing."""
         for name in ("b2", "b1_1d", "b2_1d"):
             check(name, getattr(self, name), "in [0, 1)", lambda x: 0 <= x < 1)
-        check("eps", self.eps, ">= 0", lambda x: x >= 0)
+        check("eps", self.eps, "finite and >= 0", lambda x: 0 <= x < float("inf"))
+        for name in ("amsgrad", "optimize_1d"):
+            check_switch(name, getattr(self, name))
         check("ns_steps", self.ns_steps, "an integer >= 0", lambda x: x >= 0 and x == int(x))
         if self.mars_type not in MARS_TYPES:
             raise ValueError(f"mars_type must be one of {MARS_TYPES}, got {self.mars_type!r}")
@@ -143,6 +156,7 @@ class Rule:
         corrected: Sequence[bool],
     ) -> tuple[list[Any], ScaleByMarsState]:
         """Directions in the dtype of computation, and the new state."""
+        check_state(state, ScaleByMarsState)
         _, treedef = flatten(updates)
         views = self.views(updates)
         inputs, correction = self.correction(
@@ -153,8 +167,8 @@ class Rule:
             corrected,
             [view.batch if view else () for view in views],
         )
-        mu, nu = treedef.flatten_up_to(state.mu), treedef.flatten_up_to(state.nu)
-        nu_max: list[Any] = treedef.flatten_up_to(state.nu_max) if self.amsgrad else []
+        mu, nu = state_like("mu", state.mu, updates), state_like("nu", state.nu, updates)
+        nu_max: list[Any] = state_like("nu_max", state.nu_max, updates) if self.amsgrad else []
         directions = []
         for i, (c, view) in enumerate(zip(inputs, views, strict=True)):
             if is_hole(c):

@@ -13,7 +13,17 @@ import optax
 
 from mars_optim.jax.correction import Correction
 from mars_optim.jax.instances import Rule, ScaleByMarsState, full_name
-from mars_optim.jax.trees import arrays, at_step, cast_like, check, flags, is_hole, leaves_like, scalar
+from mars_optim.jax.trees import (
+    arrays,
+    at_step,
+    cast_like,
+    check,
+    check_state,
+    flags,
+    is_hole,
+    leaves_like,
+    scalar,
+)
 
 
 def scale_by_mars(
@@ -210,12 +220,15 @@ def mars(
         b1_1d=b1_1d,
         b2_1d=b2_1d,
     )
-    check("learning_rate", learning_rate, ">= 0", lambda x: x >= 0)
-    check("lr_1d_ratio", lr_1d_ratio, ">= 0", lambda x: x >= 0)
     if weight_decay is None:
         weight_decay = 0.1 if rule.mars_type == "mars-m" else 0.0
-    check("weight_decay", weight_decay, ">= 0", lambda x: x >= 0)
-    check("weight_decay_1d", weight_decay_1d, ">= 0", lambda x: x >= 0)
+    for name, value in (
+        ("learning_rate", learning_rate),
+        ("lr_1d_ratio", lr_1d_ratio),
+        ("weight_decay", weight_decay),
+        ("weight_decay_1d", weight_decay_1d),
+    ):
+        check(name, value, "finite and >= 0", lambda x: 0 <= x < float("inf"))
 
     def init(params: optax.Params) -> ScaleByMarsState:
         return rule.init(params, rule.is_mars(params))
@@ -231,6 +244,7 @@ def mars(
         del extra_args
         if params is None:
             raise ValueError("params must be given to update: tx.update(grads, state, params), got None")
+        check_state(state, ScaleByMarsState)
         count = state.correction.count
         is_mars, decayed = rule.is_mars(updates), flags(mask, updates)
         directions, state = rule(updates, state, params, prev_grads, is_mars)

@@ -39,6 +39,22 @@ def leaves_like(name: str, tree: Any, like: Any) -> list[Any]:
         raise ValueError(f"{name} must have the structure of the gradients, {treedef}: {error}") from error
 
 
+def state_like(name: str, tree: Any, like: Any) -> list[Any]:
+    """What a part of the state holds at each leaf of the gradients.
+
+    Raises:
+        ValueError: if the state was made for a tree of another structure.
+    """
+    _, treedef = flatten(like)
+    try:
+        return treedef.flatten_up_to(tree)
+    except ValueError as error:
+        raise ValueError(
+            f"state must come from init on a tree of the structure of the gradients, {treedef}, got another "
+            f"one in {name}: {error}"
+        ) from error
+
+
 def first_leaf(subtree: Any) -> Any:
     """The only array of a subtree: unwraps boxed values such as nnx variables; None when there is not one."""
     leaves = jax.tree.leaves(subtree)
@@ -46,19 +62,30 @@ def first_leaf(subtree: Any) -> Any:
 
 
 def flags(mask: Any, tree: Any) -> list[bool]:
-    """One bool per leaf and hole, from a tree of bools, a prefix of it, or a callable giving one."""
+    """One bool per leaf and hole, from a tree of bools, a prefix of it, or a callable giving one.
+
+    Raises:
+        ValueError: if the mask is no prefix of the tree.
+        TypeError: if it holds something else than bools.
+    """
     leaves, _ = flatten(tree)
     if mask is None or not jax.tree.leaves(tree):
         return [True] * len(leaves)
     if callable(mask):
         mask = mask(tree)
-    spread = jax.tree.map(
-        lambda flag, subtree: [not is_hole(flag) and bool(flag)] * len(flatten(subtree)[0]),
-        mask,
-        tree,
-        is_leaf=is_hole,
-    )
+    try:
+        spread = jax.tree.map(
+            lambda flag, subtree: [_flag(flag)] * len(flatten(subtree)[0]), mask, tree, is_leaf=is_hole
+        )
+    except ValueError as error:
+        raise ValueError(f"mask must be a tree like the parameters, or a prefix of it: {error}") from error
     return jax.tree.leaves(spread)
+
+
+def _flag(flag: Any) -> bool:
+    if not (is_hole(flag) or isinstance(flag, bool | np.bool_ | np.ndarray | jax.Array)):
+        raise TypeError(f"mask must hold True or False, got {flag!r}")
+    return not is_hole(flag) and bool(flag)
 
 
 def compute_dtype(leaf: jax.Array) -> Any:
@@ -79,6 +106,18 @@ def cast_like(update: Any, grad: Any) -> Any:
 def at_step(value: Any, count: jax.Array) -> Any:
     """A hyperparameter at this update: schedules are called with the number of updates made before."""
     return value(count) if callable(value) else value
+
+
+def check_switch(name: str, value: Any) -> None:
+    """Raise TypeError unless the value is a bool: "no" and 0.5 would count as True."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_state(state: Any, kind: type) -> None:
+    """Raise TypeError unless the state has the parts of `kind`, in whatever container."""
+    if not all(hasattr(state, part) for part in getattr(kind, "_fields", ())):
+        raise TypeError(f"state must be the {kind.__name__} that init returned, got {type(state).__name__}")
 
 
 def check(name: str, value: Any, rule: str, holds: Callable[[float], bool]) -> float:
