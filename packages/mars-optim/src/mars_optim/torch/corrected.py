@@ -54,7 +54,8 @@ class CorrectedList:
         grads: what is to be corrected: their gradients, or c_t itself after `fold()`.
         references: h_t; empty where c_t = g_t.
         layouts: how the tensors lie on their meshes; empty for plain tensors.
-        parts: c_t of what this process holds, in the working dtype and memory of its own.
+        parts: c_t of what this process holds, in the working dtype and memory of its own; empty before
+            `correct()` and after `take_shown()`.
     """
 
     options: Options
@@ -77,7 +78,10 @@ class CorrectedList:
         a = self.options.factor
         references = [own_part(h) for h in self.references] if self.layouts else self.references
         h = converted(references, dtype)
-        if self.listed:
+        if self.listed and h is not references:
+            torch._foreach_lerp_(h, g, 1 + a)
+            self.parts = h
+        elif self.listed:
             self.parts = list(torch._foreach_lerp(h, g, 1 + a))
         else:
             self.parts = [(x - y).mul_(a).add_(x) for x, y in zip(g, h, strict=True)]
@@ -102,14 +106,18 @@ class CorrectedList:
         else:
             torch._foreach_div_(self.parts, divisors)
 
-    def shown(self) -> list[Tensor]:
-        """c~_t as .grad takes it: in the gradient's dtype, which rounds once, and laid out as it is."""
+    def take_shown(self) -> list[Tensor]:
+        """c~_t as .grad takes it: in the gradient's dtype, which rounds once, and laid out as it is.
+
+        The parts are given away, so that they do not occupy memory during the base's step.
+        """
         param = self.params[0]
         dtype = param.dtype if param.grad is None else param.grad.dtype
-        parts = converted(self.parts, dtype)
+        shown = converted(self.parts, dtype)
+        self.parts = []
         if not self.layouts:
-            return parts
-        return [_spread(part, grad) for part, grad in zip(parts, self.grads, strict=True)]
+            return shown
+        return [_spread(part, grad) for part, grad in zip(shown, self.grads, strict=True)]
 
     def remember(self, states: Sequence[dict[str, Any]]) -> None:
         """Copy the gradients into the states as the next h_t."""

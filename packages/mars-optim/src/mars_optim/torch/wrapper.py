@@ -170,7 +170,7 @@ class VarianceReduced(ExactForm, torch.optim.Optimizer):
         for each in lists:
             each.correct()
         clip_all(lists)
-        shown = {id(p): c for each in lists for p, c in zip(each.params, each.shown(), strict=True)}
+        shown = {id(p): c for each in lists for p, c in zip(each.params, each.take_shown(), strict=True)}
         for each in lists:
             self._remember_params(each.group, each.params)
         with self._gradients_replaced(shown):
