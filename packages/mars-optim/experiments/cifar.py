@@ -176,7 +176,7 @@ class ResNet18(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, args: argparse.Namespace) -> MARS | torch.optim.AdamW:
     """Convolutions under MARS, as matrices where they are orthogonalised; vectors at the release's 3e-3."""
     if args.optimizer == "adamw":
         return torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
@@ -211,6 +211,7 @@ def main(argv: Sequence[str]) -> int:
     order = torch.Generator().manual_seed(args.seed + 1)  # of the data: its state goes into the checkpoint
     model = ResNet18(classes, args.width, initial).to(device)
     optimizer = build_optimizer(model, args)
+    exact = optimizer if isinstance(optimizer, MARS) and args.exact else None
 
     names = ("optimizer", "exact", "lr", "weight_decay", "gamma", "epochs", "batch", "width", "seed")
     settings = {name: getattr(args, name) for name in names} | {"classes": classes}
@@ -250,8 +251,8 @@ def main(argv: Sequence[str]) -> int:
                 inputs = cropped_and_flipped(images[batch.to(device)], order)
                 targets = labels[batch.to(device)]
                 optimizer.zero_grad()
-                if args.exact:
-                    with optimizer.at_previous_params(module=model):
+                if exact is not None:
+                    with exact.at_previous_params(module=model):
                         loss_of(inputs, targets).backward()
                 loss = loss_of(inputs, targets)
                 loss.backward()

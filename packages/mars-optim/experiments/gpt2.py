@@ -87,10 +87,11 @@ def sharded_or_replicated(model: ByteGPT, args: argparse.Namespace, device: torc
     policy = MixedPrecisionPolicy(torch.bfloat16 if half else None, torch.float32)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    return fully_shard(model, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model
 
 
-def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, args: argparse.Namespace) -> MARS | torch.optim.AdamW:
     """Each at its published betas and decay; rates of vectors and embeddings follow that of matrices."""
     if args.optimizer == "adamw":
         by_decay = [
@@ -156,6 +157,7 @@ def main(argv: list[str]) -> int:
     model = ByteGPT(config, initial).to(device)
     net = sharded_or_replicated(model, args, device)
     optimizer = build_optimizer(model, args)
+    exact = optimizer if isinstance(optimizer, MARS) and args.exact else None
     rate = warmup_cosine(args.steps, args.warmup, args.min_lr / args.lr)
     losses_of = torch.compile(token_losses) if args.compile else token_losses
     # FSDP2 casts by its own policy
@@ -171,6 +173,7 @@ def main(argv: list[str]) -> int:
         order.set_state(checkpoint["order"])
         step, evaluations = checkpoint["step"], checkpoint["evaluations"]
         folder.forget_after(step)
+        del checkpoint  # its file, mapped, would be kept beside the next ones
     folder.record(step=step, event="resume" if args.resume else "start", world=world, **settings)
 
     def add_gradient(rows: Tensor) -> Tensor:
@@ -211,12 +214,12 @@ def main(argv: list[str]) -> int:
             starts = torch.randint(len(train.data) - args.context, (args.batch,), generator=order)
             rows = train.windows(starts[rank::world].tolist()).to(device)
             optimizer.zero_grad()
-            if args.exact:
-                with optimizer.at_previous_params(module=model):
+            if exact is not None:
+                with exact.at_previous_params(module=model):
                     add_gradient(rows)
             loss = add_gradient(rows)
-            if args.exact:
-                norm = clip_grad_norm_pair_(model.parameters(), optimizer, 1.0)  # h_t by g_t's factor
+            if exact is not None:
+                norm = clip_grad_norm_pair_(model.parameters(), exact, 1.0)  # h_t by g_t's factor
             else:
                 norm = recipe.whole(nn.utils.clip_grad_norm_(model.parameters(), 1.0))
             optimizer.step()
@@ -275,4 +278,7 @@ def summed(values: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    sys.exit(recipe.run_as_script(lambda: main(sys.argv[1:]), "gpt2.py"))
+    status = recipe.run_as_script(lambda: main(sys.argv[1:]), "gpt2.py")
+    if status == 0 and dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(status)

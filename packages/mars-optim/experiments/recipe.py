@@ -234,7 +234,8 @@ def whole(tensor: Tensor) -> Tensor:
     Args:
         tensor: a DTensor, or a plain tensor, which is returned as it is.
     """
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # pyright: ignore[reportCallIssue]
+    spread: Any = tensor
+    return spread.full_tensor() if hasattr(spread, "full_tensor") else tensor
 
 
 def _gathered(value: Any, *, keep: bool) -> Any:
@@ -253,7 +254,7 @@ def _has_shape_of(param: Tensor, value: Any) -> bool:
     return isinstance(value, Tensor) and value.shape == param.shape
 
 
-def _placed_like(tensor: Tensor, value: Tensor) -> Tensor:
+def _placed_like(tensor: Any, value: Tensor) -> Tensor:
     if not hasattr(tensor, "device_mesh"):
         return value
     from torch.distributed.tensor import distribute_tensor
