@@ -188,25 +188,44 @@ def distributions(world_size):
     return {"rows": along(0), "columns": along(1), "mixed": each_its_own}
 
 
-def steps_of_every_kind(rank, world_size):
-    found = {}
-    for where, distribute in distributions(world_size).items():
-        for name in OPTIONS:
-            optimizer, params = stepped(whole(0), options_of(name), distribute)
-            found[where, name] = [as_whole(p) for p in params]
-            for param in params:
-                for value in optimizer.state[param].values():
-                    placements = getattr(value, "placements", None)
-                    assert value.ndim == 0 or placements == getattr(param, "placements", None)
-        for name in ("adamw", "lion", "sgd exact", "shampoo", "m"):
-            _, params = stepped(whole(0, dtype=torch.float32), options_of(name), distribute)
-            found[where, name, "float32"] = [as_whole(p) for p in params]
+WHERE = ("rows", "columns", "mixed")
+IN_FLOAT32 = ("adamw", "lion", "sgd exact", "shampoo", "m")
+EVERY_STEP = [
+    *((where, name) for where in WHERE for name in OPTIONS),
+    *((where, name, "float32") for where in WHERE for name in IN_FLOAT32),
+]
+# every type with an empty shard, by rows (1, 6) and by columns (6, 1), and beside plain tensors and copies
+TYPICAL_STEPS = [
+    *(("rows", name) for name in ("adamw exact", "lion", "shampoo", "m", "sgd")),
+    *(("columns", name) for name in ("adamw", "shampoo exact", "gathered")),
+    *(
+        ("mixed", name)
+        for name in ("adamw exact", "lion exact", "owned by svd", "stacks", "global clip of m")
+    ),
+    ("mixed", "m", "float32"),
+]
+
+
+def steps_of(rank, world_size, cases):
+    found, distribute = {}, distributions(world_size)
+    for case in cases:
+        where, name, *single = case
+        dtype = torch.float32 if single else torch.float64
+        optimizer, params = stepped(whole(0, dtype=dtype), options_of(name), distribute[where])
+        found[case] = [as_whole(p) for p in params]
+        for param in params:
+            for value in optimizer.state[param].values():
+                placements = getattr(value, "placements", None)
+                assert value.ndim == 0 or placements == getattr(param, "placements", None)
     return found
 
 
-def test_steps_on_shards_equal_those_on_whole_tensors_for_every_type_and_option(run_distributed):
-    found, other = run_distributed(steps_of_every_kind, 2, timeout=PATIENCE)
-    assert len(found) == 3 * (len(OPTIONS) + 5)
+@pytest.mark.parametrize(
+    "cases", [TYPICAL_STEPS, pytest.param(EVERY_STEP, marks=pytest.mark.slow)], ids=["typical", "every"]
+)
+def test_steps_on_shards_equal_those_on_whole_tensors(run_distributed, cases):
+    found, other = run_distributed(steps_of, 2, cases, timeout=PATIENCE)
+    assert found.keys() == set(cases)
     for case, params in found.items():
         _, name, *single = case
         expected = alone(name, torch.float32 if single else torch.float64)
