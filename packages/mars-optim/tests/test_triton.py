@@ -10,6 +10,8 @@ import pytest
 import torch
 from fused_cases import KINDS, RULES, Case, assert_agree, by_backend, by_loop
 
+from mars_optim.torch import UpdateRule
+
 pytest.importorskip("triton", reason="needs triton, which is optional")
 
 # below one chunk, exactly one block, one element, one full chunk and a part of the next
@@ -23,7 +25,7 @@ DTYPES = [
     {"dtype": torch.float64, "store_dtype": torch.float32, "state_dtype": torch.float32},
 ]
 CLIPS = {"clip": {}, "no clip": {"clip": None}, "batched": {"batched": True}}
-STREAMS = dict.fromkeys(("scalars", "partials", "numbers"), "*fp64") | {"table": "*i64", "lr": "*fp32"}
+STREAMS = dict.fromkeys(("scalars", "partials", "numbers"), "*fp64") | {"table": "*i64", "noise": "*i64"}
 COUNTS = dict.fromkeys(("entries", "blocks", "divisor_stride"), "i32")
 
 
@@ -67,17 +69,33 @@ def count_launches(cases):
 
 
 def count_on_the_device(options, kind, factor):
-    """One step that counts and reads its numbers on the device, with a tensor lr if there is a factor."""
+    """One step that counts and reads its numbers on the device, with tensor numbers if there is a factor."""
     from mars_optim.torch._triton import mars_triton
 
-    def backend(**lists):
-        lr = None if factor is None else torch.tensor(factor, dtype=torch.float64)
-        return mars_triton(**lists, capturable=True, lr=lr)
-
     case = small(Case(kind=kind, options=options))
-    scaled = {"lr": case.rule.lr * (factor or 1), "decay": case.rule.decay * (factor or 1)}
-    expected = by_loop(replace(case, options={**options, **scaled}))
-    assert_agree(by_backend(backend, case), expected)
+    numbers = {name: getattr(case.rule, name) for name in ("lr", "decay", "beta1")}
+    if factor is not None:
+        numbers = {name: torch.tensor(factor * value, dtype=torch.float64) for name, value in numbers.items()}
+    expected = by_loop(replace(case, options={**options, **{name: float(x) for name, x in numbers.items()}}))
+    on_device = replace(case, options={**options, **numbers, "capturable": True})
+    assert_agree(by_backend(mars_triton, on_device), expected)
+
+
+def round_at_random():
+    """Ten thousand bfloat16 parameters after a step that is a quarter of their spacing, twice over."""
+    from mars_optim.torch._triton import mars_triton
+
+    rule = UpdateRule(kind="sgd", lr=2.0**-10, beta1=0.0, stochastic_rounding=True)
+    results = []
+    for seed in (0, 0, 1):
+        params = [torch.ones(100, 100, dtype=torch.bfloat16), torch.full((5,), torch.inf).bfloat16()]
+        grads = [-torch.ones_like(param) for param in params]
+        averages = [torch.zeros(param.shape) for param in params]
+        steps = [torch.tensor(0.0) for _ in params]
+        generator = torch.Generator().manual_seed(seed)
+        mars_triton(params, grads, None, averages, [], [], steps, rule, None, None, generator)
+        results.append(params)
+    return results
 
 
 def keep_tables():
@@ -90,8 +108,8 @@ def keep_tables():
         _triton._to_device = lambda array, device: (uploads.append(array.dtype), upload(array, device))[1]
         for lr in (0.123, 0.321, 0.321):
             uploads.append("step")
-            lists["rule"] = replace(lists["rule"], lr=lr)
-            _triton.mars_triton(**lists, capturable=True)
+            lists["rule"] = replace(lists["rule"], lr=lr, capturable=True)
+            _triton.mars_triton(**lists)
     finally:
         _triton._to_device = upload
     return [str(entry) for entry in uploads]
@@ -155,11 +173,15 @@ def test_tables_stay_on_the_device_while_the_tensors_stay(triton_interpreter):
     assert uploads == ["step", "int64", "float64", "step", "float64", "step"]
 
 
-def test_a_tensor_lr_needs_capturable():
-    from mars_optim.torch._triton import mars_triton
-
-    with pytest.raises(ValueError, match=r"capturable=True, got capturable=False"):
-        mars_triton(**Case().lists(), lr=torch.tensor(0.1))
+def test_stochastic_rounding_is_right_in_the_mean_and_follows_the_generator(triton_interpreter):
+    first, again, other = triton_interpreter(round_at_random)
+    values, counts = first[0].unique(return_counts=True)
+    assert values.tolist() == [1.0, 1.0 + 2.0**-7]  # the neighbours of 1 + 2^-10
+    # one in eight goes up: 1250 of 10000, standard deviation 33
+    assert abs(int(counts[1]) - 1250) < 5 * 33
+    assert torch.equal(first[0], again[0])
+    assert not torch.equal(first[0], other[0])
+    assert first[1].isinf().all()
 
 
 @pytest.mark.slow  # about a second per kernel
@@ -181,8 +203,8 @@ def test_kernels_compile_for_cuda_and_move_128_bits_at_a_time(kind, param, monke
     types = {**STREAMS, **COUNTS, "divisors": "*fp64" if param == "fp64" else "*fp32"}
     constants = dict.fromkeys("XGHS", dtype) | dict.fromkeys("MVL", work)
     constants |= {"WORK": work, "CHUNK": _triton._CHUNK, "BLOCK": _triton._BLOCK, "KIND": kind}
-    switches = "NORM COUNTING TENSOR_LR ADAM EPS_FIRST CLIPPED QUASI OF_GRADIENT CAUTIOUS CORRECTED ALIGNED"
-    constants |= dict.fromkeys(switches.split(), True)
+    switches = "NORM COUNTING ADAM EPS_FIRST CLIPPED QUASI OF_GRADIENT CAUTIOUS CORRECTED ALIGNED"
+    constants |= dict.fromkeys(switches.split(), True) | {"NOISY": param == "bf16"}
     for kernel in (_triton._sum_squares, _triton._finish, _triton._update):
         signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
         fixed = {name: constants[name] for name in kernel.arg_names if name not in types}
@@ -206,18 +228,18 @@ def test_a_cuda_graph_replays_the_step():
     from mars_optim.torch._triton import mars_triton
 
     def steps(captured):
-        lists = Case(dtype=torch.float32).lists()
+        lists = Case(dtype=torch.float32, options={"capturable": True}).lists()
         for name in ("params", "grads", "references", "exp_avgs", "exp_avg_sqs", "steps"):
             lists[name] = [tensor.cuda() for tensor in lists[name]]
         lists["stores"] = lists["references"]
-        mars_triton(**lists, capturable=True)  # brings the tables to the device
+        mars_triton(**lists)  # brings the tables to the device
         if not captured:
             for _ in range(3):
-                mars_triton(**lists, capturable=True)
+                mars_triton(**lists)
             return lists["params"]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            mars_triton(**lists, capturable=True)
+            mars_triton(**lists)
         for _ in range(3):
             graph.replay()
         return lists["params"]

@@ -48,10 +48,11 @@ struct Job {
   double* partials;   // one per block of every tensor, when OWN
   double correction;  // a = gamma beta1 / (1 - beta1)
   double clip, beta1, beta2, gamma, decay;
+  uint64_t noise;  // seed of this step's stochastic roundings
   int32_t dtypes[STREAMS];
   int32_t working;
   int32_t kind, clipping;
-  int32_t quasi_hyperbolic, second_of_gradient, cautious_decay;
+  int32_t quasi_hyperbolic, second_of_gradient, cautious_decay, stochastic_rounding;
   int32_t threads;
 };
 }
@@ -77,6 +78,21 @@ uint16_t to_bfloat16(float value) {
   const uint32_t bits = float_to_bits(value);
   const uint32_t rounded = bits + 0x7fff + ((bits >> 16) & 1);
   return value != value ? uint16_t(0x7fc0) : uint16_t(rounded >> 16);
+}
+
+// A bijection of 64 bits under which counters look random (finaliser of SplitMix64, Steele et al. 2014).
+uint64_t scrambled(uint64_t x) {
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+  return x ^ (x >> 31);
+}
+
+// Round up or down at random, right in the mean: the carry out of the cut bits decides. Truth:
+// rounding.stochastic_round_.
+uint16_t to_bfloat16(float value, uint32_t noise) {
+  const uint32_t bits = float_to_bits(value);
+  const bool finite = (bits & 0x7f800000) != 0x7f800000;
+  return finite ? uint16_t((bits + (noise & 0xffff)) >> 16) : to_bfloat16(value);
 }
 
 float from_float16(uint16_t half) {
@@ -143,6 +159,12 @@ void store(char* address, int32_t dtype, const T* values, int64_t n) {
     uint16_t* stored = reinterpret_cast<uint16_t*>(address);
     for (int64_t i = 0; i < n; ++i) stored[i] = to_float16(float(values[i]));
   }
+}
+
+template <class T>
+void store_at_random(char* address, const T* values, int64_t n, uint64_t seed) {
+  uint16_t* stored = reinterpret_cast<uint16_t*>(address);
+  for (int64_t i = 0; i < n; ++i) stored[i] = to_bfloat16(float(values[i]), uint32_t(scrambled(seed + i)));
 }
 
 template <class T>
@@ -216,7 +238,13 @@ class Step {
     store(at(AVERAGE, tensor, block), job_.dtypes[AVERAGE], m, n);
     if (KIND == ADAMW) store(at(SECOND, tensor, block), job_.dtypes[SECOND], v, n);
     if (amsgrad) store(at(LARGEST, tensor, block), job_.dtypes[LARGEST], largest, n);
-    if (KIND != MOMENTUM) store(at(PARAM, tensor, block), job_.dtypes[PARAM], x, n);
+    if (KIND == MOMENTUM) return;
+    if (job_.stochastic_rounding && job_.dtypes[PARAM] == BFLOAT16) {
+      const uint64_t seed = scrambled(job_.noise + scrambled(tensor)) + block * BLOCK;
+      store_at_random(at(PARAM, tensor, block), x, n, seed);
+    } else {
+      store(at(PARAM, tensor, block), job_.dtypes[PARAM], x, n);
+    }
   }
 
   template <Kind KIND, bool PLAIN, bool CORRECTED>

@@ -65,6 +65,7 @@ class _Job(ctypes.Structure):
         ("beta2", ctypes.c_double),
         ("gamma", ctypes.c_double),
         ("decay", ctypes.c_double),
+        ("noise", ctypes.c_uint64),
         ("dtypes", ctypes.c_int32 * len(STREAMS)),
         ("working", ctypes.c_int32),
         ("kind", ctypes.c_int32),
@@ -72,6 +73,7 @@ class _Job(ctypes.Structure):
         ("quasi_hyperbolic", ctypes.c_int32),
         ("second_of_gradient", ctypes.c_int32),
         ("cautious_decay", ctypes.c_int32),
+        ("stochastic_rounding", ctypes.c_int32),
         ("threads", ctypes.c_int32),
     )
 
@@ -87,6 +89,7 @@ def mars_cpu(
     rule: UpdateRule,
     norm: Tensor | None,
     stores: list[Tensor] | None = None,
+    generator: torch.Generator | None = None,
 ) -> list[Tensor]:
     """See `functional.mars`; gradients are copied into `stores` in the same pass.
 
@@ -94,7 +97,7 @@ def mars_cpu(
         RuntimeError: if the kernels cannot be built here; ask `why_unavailable` before.
     """
     lists = (params, grads, references, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
-    return mars_fused(_launch, *lists, steps, rule, norm, stores)
+    return mars_fused(_launch, *lists, steps, rule.on_host(), norm, stores, generator)
 
 
 def why_unavailable() -> str | None:
@@ -117,7 +120,13 @@ def available_or_warn() -> bool:
     return reason is None
 
 
-def _launch(table: Table, steps: list[Tensor], rule: UpdateRule, given: Tensor | None) -> Tensor | None:
+def _launch(
+    table: Table,
+    steps: list[Tensor],
+    rule: UpdateRule,
+    given: Tensor | None,
+    generator: torch.Generator | None,
+) -> Tensor | None:
     kernels = _library()
     numbers = step_numbers(_counted(steps), rule)[:, table.owners]
     columns = [np.ascontiguousarray(row) for row in numbers]
@@ -144,6 +153,7 @@ def _launch(table: Table, steps: list[Tensor], rule: UpdateRule, given: Tensor |
         beta2=rule.beta2,
         gamma=rule.gamma,
         decay=rule.decay,
+        noise=_random_bits(generator) if rule.stochastic_rounding else 0,
         dtypes=tuple(_DTYPES[dtype] for dtype in table.dtypes),
         working=_DTYPES[table.working],
         kind=_KINDS[rule.kind],
@@ -151,6 +161,7 @@ def _launch(table: Table, steps: list[Tensor], rule: UpdateRule, given: Tensor |
         quasi_hyperbolic=rule.quasi_hyperbolic,
         second_of_gradient=rule.second_moment == "grad",
         cautious_decay=rule.cautious_decay,
+        stochastic_rounding=rule.stochastic_rounding,
         threads=torch.get_num_threads(),
     )
     kernels.mars_step(ctypes.byref(job))
@@ -165,6 +176,11 @@ def _counted(steps: list[Tensor]) -> list[float]:
     values = np.empty(len(steps))
     _library().mars_count(len(steps), _address(addresses), _address(values))
     return values.tolist()
+
+
+def _random_bits(generator: torch.Generator | None) -> int:
+    """The seed of this step's roundings."""
+    return int(torch.randint(1 << 62, (), generator=generator))
 
 
 def _address(array: NDArray[np.int64] | NDArray[np.float64]) -> int:

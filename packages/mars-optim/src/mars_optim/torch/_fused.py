@@ -1,9 +1,10 @@
 """What the fused backends share: which tensors they can take, and the tables their kernels read.
 
-A fused backend is one function, `launch(table, steps, rule, given)`, which does the whole elementwise part of
-a step for all tensors of one dtype combination: correction, clip, momentum, second moment, update, and the
-copy of the gradient that the next step corrects against. `_cpu.py` and `_triton.py` provide one each. What
-remains is done here by lists: orthogonal factors, and tensors whose memory the kernels cannot walk through.
+A fused backend is one function, `launch(table, steps, rule, given, generator)`, which does the whole
+elementwise part of a step for all tensors of one dtype combination: correction, clip, momentum, second
+moment, update, and the copy of the gradient that the next step corrects against. `_cpu.py` and `_triton.py`
+provide one each. What remains is done here by lists: orthogonal factors, and tensors whose memory the kernels
+cannot walk through.
 
 The truth is `_loop.py`.
 """
@@ -21,9 +22,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ._foreach import _descend, _working, _write, mars_foreach
+from ._foreach import count_step, descend_, mars_foreach, working
 from .correction import clip_divisor, working_dtype
-from .directions import orthogonal_directions, step_number
+from .directions import orthogonal_directions
+from .rounding import write_rounded
 from .rule import ORTHOGONALISED, UpdateRule
 
 # the order in which kernels number the streams
@@ -55,7 +57,7 @@ class Table:
     device: torch.device
 
 
-Launch = Callable[[Table, list[Tensor], UpdateRule, Tensor | None], Tensor | None]
+Launch = Callable[[Table, list[Tensor], UpdateRule, Tensor | None, torch.Generator | None], Tensor | None]
 
 
 def mars_fused(
@@ -70,6 +72,7 @@ def mars_fused(
     rule: UpdateRule,
     norm: Tensor | None,
     stores: list[Tensor] | None = None,
+    generator: torch.Generator | None = None,
 ) -> list[Tensor]:
     """See `functional.mars`; `launch` does the elementwise part.
 
@@ -85,7 +88,9 @@ def mars_fused(
         rule: what to do.
         norm: the norm to clip by; None: each tensor's own.
         stores: where the gradients are copied to in the same pass, in any dtype; None copies nothing.
+        generator: for `rule.stochastic_rounding`.
     """
+    rule = rule.for_device(params[0].device) if params else rule
     second = exp_avg_sqs if rule.has_second_moment else None
     largest = max_exp_avg_sqs if rule.has_second_moment and rule.amsgrad else None
     lists: Lists = (params, grads, references, exp_avgs, second, largest, stores)
@@ -94,27 +99,28 @@ def mars_fused(
         own: Lists = tuple(None if tensors is None else [tensors[i] for i in members] for tensors in lists)
         own_steps = [steps[i] for i in members]
         if dtypes is None:
-            done = _by_lists(own, own_steps, rule, norm)
+            done = _by_lists(own, own_steps, rule, norm, generator)
         else:
-            done = _by_kernel(launch, own, dtypes, own_steps, rule, norm)
+            done = _by_kernel(launch, own, dtypes, own_steps, rule, norm, generator)
         for i, divisor in zip(members, done, strict=False):  # nothing was clipped: no divisors
             divisors[i] = divisor
     return [divisor for divisor in divisors if divisor is not None]
 
 
 def step_numbers(steps: Iterable[float], rule: UpdateRule) -> NDArray[np.float64]:
-    """Step size, factor of the root and epsilon of every tensor: one row each.
+    """Step size, factor of the root and epsilon of every tensor: one row each. The rule holds plain numbers.
 
     The update is x - size m / (sqrt(v) factor + epsilon); kinds without second moment read only the size.
     """
     known: dict[float, tuple[float, float, float]] = {}
+    lr, beta1 = float(rule.lr), float(rule.beta1)
     for t in set(steps):
         if rule.has_second_moment:
             factor = 1 / math.sqrt(1 - rule.beta2**t)
             epsilon = rule.eps * factor if rule.eps_before_correction else rule.eps
-            known[t] = (rule.lr / (1 - rule.beta1**t), factor, epsilon)
+            known[t] = (lr / (1 - beta1**t), factor, epsilon)
         else:
-            known[t] = (rule.lr, 1.0, 0.0)
+            known[t] = (lr, 1.0, 0.0)
     return np.array([known[t] for t in steps], dtype=np.float64).reshape(-1, 3).T
 
 
@@ -169,11 +175,17 @@ def _walkable(tensors: Sequence[Tensor], batched: bool) -> bool:
     return True
 
 
-def _by_lists(lists: Lists, steps: list[Tensor], rule: UpdateRule, norm: Tensor | None) -> list[Tensor]:
+def _by_lists(
+    lists: Lists,
+    steps: list[Tensor],
+    rule: UpdateRule,
+    norm: Tensor | None,
+    generator: torch.Generator | None,
+) -> list[Tensor]:
     params, grads, references, exp_avgs, second, largest, stores = lists
     assert params is not None and grads is not None and exp_avgs is not None  # noqa: S101  for the type checker
     divisors = mars_foreach(
-        params, grads, references, exp_avgs, second or [], largest or [], steps, rule, norm
+        params, grads, references, exp_avgs, second or [], largest or [], steps, rule, norm, generator
     )
     if stores is not None:
         torch._foreach_copy_(stores, grads)
@@ -187,18 +199,19 @@ def _by_kernel(
     steps: list[Tensor],
     rule: UpdateRule,
     norm: Tensor | None,
+    generator: torch.Generator | None,
 ) -> list[Tensor]:
     params, grads, _, exp_avgs, *_ = lists
     assert params is not None and grads is not None and exp_avgs is not None  # noqa: S101  for the type checker
     dtype = working_dtype(params[0].dtype)
     table = _table(lists, dtypes, dtype, rule.batched)
     given = clip_divisor(norm.to(dtype), rule.clip) if norm is not None and rule.clip is not None else None
-    divisors = launch(table, steps, rule, given)
+    divisors = launch(table, steps, rule, given, generator)
     if rule.kind in ORTHOGONALISED:
-        x, g, m = _working(params, dtype), _working(grads, dtype), _working(exp_avgs, dtype)
+        x, g, m = working(params, dtype), working(grads, dtype), working(exp_avgs, dtype)
         momentum = list(torch._foreach_lerp(m, g, rule.gamma)) if rule.quasi_hyperbolic else m
-        _descend(x, g, orthogonal_directions(momentum, rule), rule)
-        _write(params, x)
+        descend_(x, g, orthogonal_directions(momentum, rule), rule)
+        write_rounded(params, x, stochastic=rule.stochastic_rounding, generator=generator)
     else:
         # kernels write past autograd: a graph that still needs the old values must notice
         increment_version(params)
@@ -239,5 +252,5 @@ def _per_tensor(divisors: Tensor, params: list[Tensor], batched: bool) -> list[T
 
 def host_steps(steps: list[Tensor]) -> list[float]:
     """Count the step and read the counters, which are on the CPU."""
-    torch._foreach_add_(steps, 1)
-    return [step_number(step) for step in steps]
+    count_step(steps)
+    return [step.item() for step in steps]

@@ -4,8 +4,40 @@ import torch
 from torch import Tensor
 
 from .correction import clip_divisor, gradient_correction, norm_of, quasi_hyperbolic, working_dtype
-from .directions import decay_, mask_cautiously_, orthogonal_directions, sign, step_number
+from .directions import decay_, mask_cautiously_, orthogonal_directions, sign
+from .rounding import write_rounded
 from .rule import UpdateRule
+
+
+def mars_loop(
+    params: list[Tensor],
+    grads: list[Tensor],
+    references: list[Tensor] | None,
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    rule: UpdateRule,
+    norm: Tensor | None,
+    generator: torch.Generator | None = None,
+) -> list[Tensor]:
+    """See `functional.mars`."""
+    divisors = []
+    for i, param in enumerate(params):
+        divisor = mars_single(
+            param,
+            grads[i],
+            None if references is None else references[i],
+            exp_avgs[i],
+            exp_avg_sqs[i] if rule.has_second_moment else None,
+            max_exp_avg_sqs[i] if rule.has_second_moment and rule.amsgrad else None,
+            steps[i],
+            rule,
+            norm,
+            generator,
+        )
+        divisors += [] if divisor is None else [divisor]
+    return divisors
 
 
 def mars_single(
@@ -18,11 +50,13 @@ def mars_single(
     step: Tensor,
     rule: UpdateRule,
     norm: Tensor | None,
+    generator: torch.Generator | None = None,
 ) -> Tensor | None:
     """The step of one tensor, one formula per line."""
     dtype = working_dtype(param.dtype)
     x, g, m = _working(param, dtype), _working(grad, dtype), _working(exp_avg, dtype)
-    t = step_number(step.add_(1))
+    step.add_(1)
+    t = step.double() if rule.capturable or torch.compiler.is_compiling() else step.item()
     c, divisor = g, None
     if reference is not None:
         c = gradient_correction(g, _working(reference, dtype), beta1=rule.beta1, gamma=rule.gamma)
@@ -30,7 +64,8 @@ def mars_single(
         own = norm_of(c, rule.batched, paired=param.is_complex()) if norm is None else norm
         divisor = clip_divisor(own, rule.clip)
         c = c / divisor
-    m.lerp_(c, 1 - rule.beta1)
+    weight = 1 - rule.beta1
+    m.lerp_(c, weight.to(dtype) if isinstance(weight, Tensor) else weight)
     momentum = quasi_hyperbolic(g, m, rule.gamma) if rule.quasi_hyperbolic else m
     if exp_avg_sq is not None:
         v = _working(exp_avg_sq, dtype)
@@ -53,13 +88,18 @@ def mars_single(
     if rule.cautious:
         mask_cautiously_(u, g)
     decay_(x, u, rule.decay, rule.cautious_decay)
-    x.add_(u, alpha=-rule.lr)
+    if isinstance(rule.lr, Tensor):
+        x.sub_(u * rule.lr)
+    else:
+        x.add_(u, alpha=-rule.lr)
     _write(exp_avg, m)
-    _write(param, x)
+    if param.is_complex():
+        return divisor  # x is a view of it
+    write_rounded([param], [x], stochastic=rule.stochastic_rounding, generator=generator)
     return divisor
 
 
-def _adam_direction(m: Tensor, v: Tensor, t: float, rule: UpdateRule) -> Tensor:
+def _adam_direction(m: Tensor, v: Tensor, t: float | Tensor, rule: UpdateRule) -> Tensor:
     correction1 = 1 - rule.beta1**t
     correction2 = 1 - rule.beta2**t
     if rule.eps_before_correction:

@@ -67,9 +67,7 @@ def mars_triton(
     rule: UpdateRule,
     norm: Tensor | None,
     stores: list[Tensor] | None = None,
-    *,
-    capturable: bool = False,
-    lr: Tensor | None = None,
+    generator: torch.Generator | None = None,
 ) -> list[Tensor]:
     """See `functional.mars`; gradients are copied into `stores` in the same pass.
 
@@ -80,23 +78,16 @@ def mars_triton(
         exp_avgs: momenta.
         exp_avg_sqs: second moments.
         max_exp_avg_sqs: their running maxima.
-        steps: number of steps done so far; float32, on the CPU, or with `capturable` on the device.
-        rule: what to do.
+        steps: number of steps done so far; float32, on the CPU, or with `rule.capturable` on the device.
+        rule: what to do. With `rule.capturable` a CUDA graph can hold the step: take one step with the same
+            tensors before capturing it, which brings the tables to the device.
         norm: the norm to clip by; None: each tensor's own.
         stores: where the gradients go; None when the caller takes them over (steal_grad) or needs none.
-        capturable: count and read the steps on the device, so that a CUDA graph can hold the step. Take one
-            step with the same tensors before capturing it: that step brings the tables to the device.
-        lr: a float32 or float64 scalar on the device that multiplies `rule.lr` and `rule.decay`; needs
-            `capturable`.
-
-    Raises:
-        ValueError: if `lr` is given without `capturable`.
+        generator: for `rule.stochastic_rounding`, on the device; None: torch's default one.
     """
-    if lr is not None and not capturable:
-        raise ValueError("a tensor lr must come with capturable=True, got capturable=False")
-    launch = functools.partial(_launch, capturable=capturable, lr=lr)
     lists = (params, grads, references, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
-    return mars_fused(launch, *lists, steps, rule, norm, stores)
+    rule = rule if rule.capturable else rule.on_host()
+    return mars_fused(_launch, *lists, steps, rule, norm, stores, generator)
 
 
 def _launch(
@@ -104,16 +95,14 @@ def _launch(
     steps: list[Tensor],
     rule: UpdateRule,
     given: Tensor | None,
-    *,
-    capturable: bool,
-    lr: Tensor | None,
+    generator: torch.Generator | None,
 ) -> Tensor | None:
-    entries, device = len(table.sizes), table.device
+    entries, device, capturable = len(table.sizes), table.device, rule.capturable
     chunks = -(-table.sizes // _CHUNK)
     blocks = int(chunks.sum())
     own_norm = rule.clip is not None and given is None
     where = _resident(_packed(table, chunks, steps if capturable else None).tobytes(), "int64", device)
-    scalars = _resident(_scalars(rule).tobytes(), "float64", device)
+    scalars = _scalars(rule, device)
     if capturable:
         numbers = torch.empty(5, entries, dtype=torch.float64, device=device)
     else:
@@ -123,6 +112,9 @@ def _launch(
     divisors = torch.empty(entries, dtype=table.working, device=device) if own_norm else given
     partials = torch.empty(blocks, dtype=torch.float64, device=device) if own_norm else None
     grad, reference = table.dtypes[1], table.dtypes[2]
+    noise = None
+    if rule.stochastic_rounding and table.dtypes[0] == torch.bfloat16 and rule.kind not in ORTHOGONALISED:
+        noise = torch.randint(1 << 30, (1,), dtype=torch.int64, device=device, generator=generator)
     shared = {
         "CORRECTED": reference is not None,
         "WORK": _TYPES[table.working],
@@ -138,17 +130,18 @@ def _launch(
             )  # fmt: skip
         if own_norm or capturable:
             _finish[(entries,)](
-                where, scalars, partials, divisors, numbers, lr, entries,
-                NORM=own_norm, COUNTING=capturable, TENSOR_LR=lr is not None,
+                where, scalars, partials, divisors, numbers, entries,
+                NORM=own_norm, COUNTING=capturable,
                 ADAM=rule.has_second_moment, EPS_FIRST=rule.eps_before_correction,
                 WORK=_TYPES[table.working], CHUNK=_CHUNK, BLOCK=_BLOCK, num_warps=_WARPS,
             )  # fmt: skip
         types = dict(zip("XGHMVLS", (_TYPES[dtype] for dtype in table.dtypes), strict=True))
         _update[(blocks,)](
-            where, scalars, numbers, divisors, int(own_norm), entries, blocks,
+            where, scalars, numbers, divisors, noise, int(own_norm), entries, blocks,
             KIND="momentum" if rule.kind in ORTHOGONALISED else rule.kind,
             CLIPPED=rule.clip is not None, QUASI=rule.quasi_hyperbolic,
             OF_GRADIENT=rule.second_moment == "grad", CAUTIOUS=rule.cautious_decay, COUNTING=capturable,
+            NOISY=noise is not None,
             num_warps=_WARPS, **types, **shared,
         )  # fmt: skip
     return divisors if own_norm else None
@@ -166,21 +159,34 @@ def _packed(table: Table, chunks: NDArray[np.int64], steps: list[Tensor] | None)
     return np.concatenate([table.addresses.ravel(), counters, table.sizes, first, owner, number])
 
 
-def _scalars(rule: UpdateRule) -> NDArray[np.float64]:
-    logs = [math.log2(beta) if beta > 0 else -math.inf for beta in (rule.beta1, rule.beta2)]
-    return np.array(
-        [
-            rule.correction_factor,
-            rule.clip or 0.0,
-            rule.beta1,
-            rule.beta2,
-            rule.gamma,
-            rule.lr,
-            rule.eps,
-            rule.decay,
-            *logs,
-        ]
-    )
+def _scalars(rule: UpdateRule, device: torch.device) -> Tensor:
+    """The numbers of the rule that all tensors share, in the order in which kernels read them."""
+    logs = [_log2(beta) for beta in (rule.beta1, rule.beta2)]
+    values = [
+        rule.correction_factor,
+        rule.clip or 0.0,
+        rule.beta1,
+        rule.beta2,
+        rule.gamma,
+        rule.lr,
+        rule.eps,
+        rule.decay,
+        *logs,
+    ]
+    known = np.array([0.0 if isinstance(value, Tensor) else value for value in values])
+    scalars = _resident(known.tobytes(), "float64", device)
+    if rule.has_tensors:
+        scalars = scalars.clone()
+        for place, value in enumerate(values):
+            if isinstance(value, Tensor):
+                scalars[place] = value
+    return scalars
+
+
+def _log2(beta: float | Tensor) -> float | Tensor:
+    if isinstance(beta, Tensor):
+        return beta.double().log2()
+    return math.log2(beta) if beta > 0 else -math.inf
 
 
 @functools.lru_cache(maxsize=_KEPT_TABLES)
@@ -226,6 +232,16 @@ def _write(pointer, at, values, inside, MASKED: tl.constexpr, TYPE: tl.constexpr
         tl.store(pointer + at, values.to(TYPE), mask=inside)
     else:
         tl.store(pointer + at, values.to(TYPE))
+
+
+@triton.jit
+def _rounded(values, seed, at):
+    """Float32 values that bfloat16 represents, each a neighbour at random. Truth: `stochastic_round_`."""
+    bits = values.to(tl.int32, bitcast=True)
+    noise = tl.randint(seed, at).to(tl.int32, bitcast=True) & 0xFFFF
+    rounded = ((bits + noise) & -65536).to(tl.float32, bitcast=True)
+    finite = (bits & 0x7F800000) != 0x7F800000
+    return tl.where(finite, rounded, values)
 
 
 @triton.jit
@@ -285,8 +301,8 @@ def _sum_squares(
 
 @triton.jit(do_not_specialize=["entries"])
 def _finish(
-    table, scalars, partials, divisors, numbers, lr, entries,
-    NORM: tl.constexpr, COUNTING: tl.constexpr, TENSOR_LR: tl.constexpr, ADAM: tl.constexpr,
+    table, scalars, partials, divisors, numbers, entries,
+    NORM: tl.constexpr, COUNTING: tl.constexpr, ADAM: tl.constexpr,
     EPS_FIRST: tl.constexpr, WORK: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What one entry is divided by, and its step size, root factor, epsilon, decay and step number.
@@ -311,10 +327,6 @@ def _finish(
         t = tl.load(step).to(tl.float64) + 1
         size = tl.load(scalars + 5)
         decay = tl.load(scalars + 7)
-        if TENSOR_LR:
-            factor = tl.load(lr).to(tl.float64)
-            size = size * factor
-            decay = decay * factor
         if ADAM:
             size = size / (1 - tl.exp2(t * tl.load(scalars + 8)))
             root = 1 / tl.sqrt(1 - tl.exp2(t * tl.load(scalars + 9)))
@@ -330,9 +342,9 @@ def _finish(
 
 @triton.jit
 def _update_chunk(
-    table, scalars, numbers, inverse, entries, entry, start, size,
+    table, scalars, numbers, inverse, seed, entries, entry, start, size,
     MASKED: tl.constexpr, KIND: tl.constexpr, CLIPPED: tl.constexpr, QUASI: tl.constexpr,
-    OF_GRADIENT: tl.constexpr, CAUTIOUS: tl.constexpr, CORRECTED: tl.constexpr,
+    OF_GRADIENT: tl.constexpr, CAUTIOUS: tl.constexpr, NOISY: tl.constexpr, CORRECTED: tl.constexpr,
     X: tl.constexpr, G: tl.constexpr, H: tl.constexpr, M: tl.constexpr, V: tl.constexpr, L: tl.constexpr,
     S: tl.constexpr, WORK: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -398,14 +410,17 @@ def _update_chunk(
                 x = tl.where(u * x >= 0, x * kept, x)
             else:
                 x = x * kept
-            _write(param, at, x - u * step_size, inside, MASKED, X)
+            x = x - u * step_size
+            if NOISY:
+                x = _rounded(x, seed + entry, at)
+            _write(param, at, x, inside, MASKED, X)
 
 
 @triton.jit(do_not_specialize=["divisor_stride", "entries", "blocks"])
 def _update(
-    table, scalars, numbers, divisors, divisor_stride, entries, blocks,
+    table, scalars, numbers, divisors, noise, divisor_stride, entries, blocks,
     KIND: tl.constexpr, CLIPPED: tl.constexpr, QUASI: tl.constexpr, OF_GRADIENT: tl.constexpr,
-    CAUTIOUS: tl.constexpr, COUNTING: tl.constexpr, CORRECTED: tl.constexpr,
+    CAUTIOUS: tl.constexpr, COUNTING: tl.constexpr, NOISY: tl.constexpr, CORRECTED: tl.constexpr,
     X: tl.constexpr, G: tl.constexpr, H: tl.constexpr, M: tl.constexpr, V: tl.constexpr, L: tl.constexpr,
     S: tl.constexpr, WORK: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -420,6 +435,9 @@ def _update(
     number = tl.load(table + _ROWS * entries + blocks + block)
     start = number * CHUNK
     size = tl.load(table + _SIZE * entries + entry)
+    seed = 0
+    if NOISY:
+        seed = tl.load(noise)
     inverse = 1.0
     if CLIPPED:
         inverse = 1 / tl.load(divisors + entry * divisor_stride)
@@ -429,13 +447,13 @@ def _update(
             tl.store(counter, tl.load(numbers + 4 * entries + entry).to(tl.float32))
     if start + CHUNK <= size:
         _update_chunk(
-            table, scalars, numbers, inverse, entries, entry, start, size,
-            False, KIND, CLIPPED, QUASI, OF_GRADIENT, CAUTIOUS, CORRECTED,
+            table, scalars, numbers, inverse, seed, entries, entry, start, size,
+            False, KIND, CLIPPED, QUASI, OF_GRADIENT, CAUTIOUS, NOISY, CORRECTED,
             X, G, H, M, V, L, S, WORK, CHUNK, BLOCK, ALIGNED,
         )  # fmt: skip
     else:
         _update_chunk(
-            table, scalars, numbers, inverse, entries, entry, start, size,
-            True, KIND, CLIPPED, QUASI, OF_GRADIENT, CAUTIOUS, CORRECTED,
+            table, scalars, numbers, inverse, seed, entries, entry, start, size,
+            True, KIND, CLIPPED, QUASI, OF_GRADIENT, CAUTIOUS, NOISY, CORRECTED,
             X, G, H, M, V, L, S, WORK, CHUNK, BLOCK, ALIGNED,
         )  # fmt: skip

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from . import _cpu
-from .functional import mars
+from ._foreach import mars_foreach
+from ._loop import mars_loop
 from .rule import UpdateRule
 
 
@@ -77,6 +78,7 @@ def take_step(
     *,
     norm: Tensor | None,
     stores: list[Tensor] | None = None,
+    generator: torch.Generator | None = None,
 ) -> list[Tensor]:
     """One step of `functional.mars` by the backend.
 
@@ -92,15 +94,17 @@ def take_step(
         rule: what to do.
         norm: the norm to clip by; None: each tensor's own.
         stores: where a fused backend copies the gradients to; the others copy nothing and need None.
+        generator: for stochastic rounding.
     """
     lists = (params, grads, references, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
     if backend.name == "cpu":
-        return _cpu.mars_cpu(*lists, rule, norm, stores)
+        return _cpu.mars_cpu(*lists, rule, norm, stores, generator)
     if backend.name == "triton":
         from ._triton import mars_triton
 
-        return mars_triton(*lists, rule, norm, stores)
-    return mars(*lists, rule, foreach=backend.name == "foreach", norm=norm)
+        return mars_triton(*lists, rule, norm, stores, generator)
+    step = mars_foreach if backend.name == "foreach" else mars_loop
+    return step(*lists, rule, norm, generator)
 
 
 @functools.cache

@@ -7,12 +7,20 @@ import torch
 from jaxtyping import Inexact
 from torch import Tensor
 
+# a table, because torch.compile cannot trace dtype.to_real
+_WORKING_DTYPES = {
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+    torch.complex64: torch.float32,
+    torch.complex128: torch.float64,
+}
+
 
 def gradient_correction(
     grad: Inexact[Tensor, "*shape"],
     reference: Inexact[Tensor, "*shape"],
     *,
-    beta1: float,
+    beta1: float | Tensor,
     gamma: float,
 ) -> Inexact[Tensor, "*shape"]:
     """Scaled stochastic recursive gradient c = g + gamma beta1 / (1 - beta1) (g - h).
@@ -24,7 +32,8 @@ def gradient_correction(
         grad: gradient g at the current parameters on the current batch.
         reference: gradient h at the previous parameters on the current batch (exact form), or the previous
             gradient (approximate form).
-        beta1: momentum decay in [0, 1).
+        beta1: momentum decay in [0, 1); a 0-d tensor is taken as it is, since a check would wait for the
+            device.
         gamma: strength of the correction, >= 0.
 
     Raises:
@@ -35,7 +44,7 @@ def gradient_correction(
     if grad.shape != reference.shape:
         shapes = f"{tuple(grad.shape)} and {tuple(reference.shape)}"
         raise ValueError(f"grad and reference must have the same shape, got {shapes}")
-    if not 0 <= beta1 < 1:
+    if not isinstance(beta1, Tensor) and not 0 <= beta1 < 1:
         raise ValueError(f"beta1 must be in [0, 1), got {beta1!r}")
     if not gamma >= 0:
         raise ValueError(f"gamma must be >= 0, got {gamma!r}")
@@ -93,4 +102,4 @@ def clip_divisor(norm: Tensor, max_norm: float) -> Tensor:
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """The real dtype an update is computed in: float32 for half precision, else that of the parts."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype.to_real()
+    return _WORKING_DTYPES.get(dtype, dtype)

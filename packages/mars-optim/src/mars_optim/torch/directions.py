@@ -27,7 +27,7 @@ def orthogonal_scale(shape: Sequence[int], scale: str | float) -> float:
     return 0.2 * max(rows, columns) ** 0.5 if scale == "rms" else 1.0
 
 
-def orthogonal_eps(rule: UpdateRule) -> float:
+def orthogonal_eps(rule: UpdateRule) -> float | Tensor:
     """What Newton-Schulz adds to the norm; the release of mars-shampoo feeds m / (1 - beta1) instead of m."""
     return _MARS_M_NS_EPS if rule.kind == "m" else rule.eps * (1 - rule.beta1)
 
@@ -60,14 +60,9 @@ def mask_cautiously_(direction: Tensor, grad: Tensor) -> None:
     direction.mul_(mask).div_(mask.mean().clamp_min(_SMALLEST_KEPT_FRACTION))
 
 
-def decay_(param: Tensor, direction: Tensor, decay: float, only_towards_zero: bool) -> None:
+def decay_(param: Tensor, direction: Tensor, decay: float | Tensor, only_towards_zero: bool) -> None:
     """Shrink the parameter by `decay`; cautiously where the step moves it towards zero (arXiv 2510.12402)."""
     if only_towards_zero:
         param.mul_(1 - decay * (direction * param >= 0).to(param.dtype))
     else:
         param.mul_(1 - decay)
-
-
-def step_number(step: Tensor) -> float:
-    """The value of a step counter; it lives on the CPU, so nothing waits for a device."""
-    return float(step)

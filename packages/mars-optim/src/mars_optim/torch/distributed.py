@@ -30,15 +30,25 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
-from ._foreach import _denominators, _descend, _directions, _second_moments, _working, _write
+from ._foreach import (
+    average_,
+    bias_corrections,
+    corrected_gradients,
+    count_step,
+    denominators,
+    descend_,
+    directions_of,
+    second_moments,
+    working,
+)
 from .correction import clip_divisor, working_dtype
 from .directions import (
     _SMALLEST_KEPT_FRACTION,
     orthogonal_directions,
     orthogonal_eps,
     orthogonal_scale,
-    step_number,
 )
+from .rounding import write_rounded
 from .rule import ORTHOGONALISED, UpdateRule
 from .shards import Layout, local_part, own_norm, own_squares, squared_norms, stacked, summed_over_ranks
 
@@ -57,6 +67,7 @@ def mars_sharded(
     norm: Tensor | None,
     squares: Mapping[int, Tensor],
     how: str = "auto",
+    generator: torch.Generator | None = None,
 ) -> list[Tensor]:
     """One MARS step on the local parts of DTensors; see `functional.mars`, which it equals up to rounding.
 
@@ -73,6 +84,7 @@ def mars_sharded(
         squares: squared norms of the whole corrected gradients, from `squares_of_corrected`; not read where
             nothing is clipped.
         how: "auto", "gather", "owner" or "blockwise".
+        generator: for stochastic rounding; in equal states on ranks that hold the same part.
 
     Returns:
         What every corrected gradient was divided by; empty when nothing is clipped.
@@ -85,8 +97,8 @@ def mars_sharded(
 
     dtype = working_dtype(params[0].dtype)
     stored, averages = parts(params), parts(exp_avgs)
-    x, g, m = _working(stored, dtype), _working(parts(grads), dtype), _working(averages, dtype)
-    torch._foreach_add_(list(steps), 1)
+    x, g, m = working(stored, dtype), working(parts(grads), dtype), working(averages, dtype)
+    count_step(list(steps))
     corrected = _corrected(g, None if references is None else parts(references), rule)
     divisors: list[Tensor] = []
     if rule.clip is not None:
@@ -96,21 +108,22 @@ def mars_sharded(
         ]
         divisors = _divisors(norms, rule.clip, dtype)
         corrected = list(torch._foreach_div(corrected, divisors))
-    torch._foreach_lerp_(m, corrected, 1 - rule.beta1)
+    average_(m, corrected, rule)
     momentum = list(torch._foreach_lerp(m, g, rule.gamma)) if rule.quasi_hyperbolic else m
     if rule.has_second_moment:
-        v = _second_moments(parts(exp_avg_sqs), parts(max_exp_avg_sqs), g, corrected, rule, dtype)
-        directions = list(torch._foreach_div(momentum, _denominators(v, list(steps), None, rule)))
-        torch._foreach_div_(directions, [1 - rule.beta1 ** step_number(step) for step in steps])
+        v = second_moments(parts(exp_avg_sqs), parts(max_exp_avg_sqs), g, corrected, rule, dtype)
+        first, second = bias_corrections(list(steps), rule, dtype)
+        directions = list(torch._foreach_div(momentum, denominators(v, second, None, rule)))
+        torch._foreach_div_(directions, first)
     elif rule.kind in ORTHOGONALISED:
         directions = sharded_directions(momentum, layouts, rule, how)
     else:
-        directions = _directions(momentum, None, rule)
+        directions = directions_of(momentum, None, rule)
     if rule.cautious:
         _mask_cautiously(directions, g, layouts)
-    _descend(x, g, directions, replace(rule, cautious=False))
-    _write(averages, m)
-    _write(stored, x)
+    descend_(x, g, directions, replace(rule, cautious=False))
+    write_rounded(averages, m)
+    write_rounded(stored, x, stochastic=rule.stochastic_rounding, generator=generator)
     return divisors
 
 
@@ -129,7 +142,7 @@ def squares_of_corrected(
     for params, grads, references, rule in lists:
         spread = _dtensors(params)
         dtype = working_dtype(params[0].dtype)
-        g = _working([local_part(grad, p) for grad, p in zip(grads, spread, strict=True)], dtype)
+        g = working([local_part(grad, p) for grad, p in zip(grads, spread, strict=True)], dtype)
         h = None
         if references is not None:
             h = [local_part(reference, p) for reference, p in zip(references, spread, strict=True)]
@@ -195,10 +208,7 @@ def _corrected(grads: list[Tensor], references: list[Tensor] | None, rule: Updat
     """The unclipped c_t of local parts; without references the gradients themselves."""
     if references is None:
         return grads
-    corrected = list(torch._foreach_sub(grads, _working(references, grads[0].dtype)))
-    torch._foreach_mul_(corrected, rule.correction_factor)
-    torch._foreach_add_(corrected, grads)
-    return corrected
+    return corrected_gradients(grads, working(references, grads[0].dtype), rule)
 
 
 def _divisors(norms: list[Tensor], clip: float, dtype: torch.dtype) -> list[Tensor]:

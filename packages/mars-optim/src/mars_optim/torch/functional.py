@@ -9,7 +9,7 @@ One step t of one list, with h_t the gradient at the previous parameters (or the
 
 `mars` takes every number it needs in an `UpdateRule` and chooses between `_loop.py`, which is the
 readable truth, and `_foreach.py`, which does the same with one call per operation and list. Neither reads a
-number back from the device.
+number back from the device; with `rule.capturable` not even the step counters are read.
 
 Source: Yuan et al. 2025 (arXiv 2411.10438); Liu et al. 2025 (arXiv 2510.21800) for kind "m".
 """
@@ -21,11 +21,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ._foreach import mars_foreach
-from ._loop import mars_single
+from ._loop import mars_loop
+from .clipping import clip_grad_norm_pair_
 from .correction import clip_by_norm, gradient_correction, quasi_hyperbolic
+from .rounding import stochastic_round_
 from .rule import UpdateRule
 
-__all__ = ["UpdateRule", "clip_by_norm", "gradient_correction", "mars", "quasi_hyperbolic"]
+__all__ = [
+    "UpdateRule",
+    "clip_by_norm",
+    "clip_grad_norm_pair_",
+    "gradient_correction",
+    "mars",
+    "quasi_hyperbolic",
+    "stochastic_round_",
+]
 
 
 @torch.no_grad()
@@ -41,6 +51,7 @@ def mars(
     *,
     foreach: bool = False,
     norm: Float[Tensor, ""] | None = None,
+    generator: torch.Generator | None = None,
 ) -> list[Tensor]:
     """One MARS step in place on aligned lists; parameters, averages and `steps` change, gradients do not.
 
@@ -56,10 +67,12 @@ def mars(
         exp_avgs: momenta m_{t-1}.
         exp_avg_sqs: second moments v_{t-1}; empty for kinds without.
         max_exp_avg_sqs: running maxima of v; empty without amsgrad.
-        steps: number of steps done so far, 0-d tensors on the CPU, incremented here.
+        steps: number of steps done so far, float32 0-d tensors on the CPU, or with `rule.capturable` on the
+            device of the parameters; incremented here.
         rule: what to do.
         foreach: one call per operation and list; the lists must be dense and of one dtype and device.
         norm: the norm to clip by, the same for every tensor (clip_scope "global"); None: each tensor's own.
+        generator: for `rule.stochastic_rounding`, on the device of the parameters; None: torch's default one.
 
     Returns:
         What each corrected gradient was divided by, max(1, ||c_t|| / clip); empty when nothing is clipped.
@@ -70,33 +83,19 @@ def mars(
     Source: Yuan et al. 2025, Algorithms 1-4.
     """
     _require_aligned(params, grads, references, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, rule)
-    if foreach:
-        return mars_foreach(
-            list(params),
-            list(grads),
-            None if references is None else list(references),
-            list(exp_avgs),
-            list(exp_avg_sqs),
-            list(max_exp_avg_sqs),
-            list(steps),
-            rule,
-            norm,
-        )
-    divisors = []
-    for i, param in enumerate(params):
-        divisor = mars_single(
-            param,
-            grads[i],
-            None if references is None else references[i],
-            exp_avgs[i],
-            exp_avg_sqs[i] if rule.has_second_moment else None,
-            max_exp_avg_sqs[i] if rule.has_second_moment and rule.amsgrad else None,
-            steps[i],
-            rule,
-            norm,
-        )
-        divisors += [] if divisor is None else [divisor]
-    return divisors
+    step = mars_foreach if foreach else mars_loop
+    return step(
+        list(params),
+        list(grads),
+        None if references is None else list(references),
+        list(exp_avgs),
+        list(exp_avg_sqs),
+        list(max_exp_avg_sqs),
+        list(steps),
+        rule,
+        norm,
+        generator,
+    )
 
 
 def _require_aligned(

@@ -13,44 +13,43 @@ Source: Yuan et al. 2025 (arXiv 2411.10438); Liu et al. 2025 (arXiv 2510.21800).
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .backends import Backend, choose_backend, take_step
+from .backends import take_step
+from .buckets import Bucket, Bucketing, global_norms, squares_of_shards
 from .correction import norm_of, working_dtype
 from .exact import ExactForm
-from .gradients import objective_gradient
-from .options import check_choice, check_options, path_of, resolved_decay, resolved_ratio, rule_of
-from .orthogonalize import QUINTIC
-from .rule import UpdateRule
-from .state import (
-    gradient_buffer,
-    is_dtensor,
-    own_part,
-    prepare_state,
-    remember_gradient,
-    restore_state,
+from .options import (
+    check_choice,
+    check_options,
+    resolved_decay,
+    resolved_ratio,
 )
-from .tasks import Task, buckets_of, global_norm, gradient_lists, squares_of_shards
+from .orthogonalize import QUINTIC
+from .state import keep_gradients, own_part, restore_state
 
 _LARGEST_QUIET_GAMMA = 0.2
 
 
-class MARS(ExactForm, torch.optim.Optimizer):
+class MARS(Bucketing, ExactForm, torch.optim.Optimizer):
     """Optimiser of all MARS types, in the approximate (default) and the exact form.
 
     Every argument except `distributed`, `foreach`, `fused` and `preset` is a default for the key of the same
     name in `param_groups`, may differ between groups and is read again at each step, so schedulers may change
-    it.
+    it. `torch.compile` traces a step of the approximate form on plain tensors without graph breaks; a Python
+    lr that changes compiles again, so give it a tensor lr.
 
     Args:
         params: parameters, named parameters, or param groups. A group may also set `algorithm`: "mars"
             corrects all its tensors, "adamw" none, None (default) those that are matrices.
-        lr: learning rate eta, >= 0. lr=0 needs lr_1d_ratio.
-        betas: (beta1, beta2), decay of the momentum and of the second moment, in [0, 1).
+        lr: learning rate eta, >= 0; a number or a tensor of one element. lr=0 needs lr_1d_ratio.
+        betas: (beta1, beta2), decay of the momentum and of the second moment, in [0, 1). beta1 may be a
+            tensor of one element. Tensors are read at each step, which waits for the device they are on
+            unless capturable=True.
         eps: added to the root of the second moment, >= 0.
         weight_decay: lambda of tensors under MARS, >= 0. None is 0.1 for "mars-m" and 0 for the other types.
         amsgrad: divide by the running maximum of the second moment.
@@ -85,6 +84,11 @@ class MARS(ExactForm, torch.optim.Optimizer):
             than "mars-adamw". The same trajectory while gamma is constant.
         state_dtype: dtype of exp_avg and exp_avg_sq; None: that of the parameter, float32 for half precision.
         prev_grad_dtype: dtype of last_grad; None: that of the gradient.
+        stochastic_rounding: round bfloat16 parameters up or down at random, right in the mean, so that small
+            steps are not lost; see `generator` of `step`.
+        steal_grad: take .grad itself as the previous gradient instead of copying it, and leave None; needs
+            the approximate form and prev_grad_dtype=None. A step refuses gradients whose memory belongs to
+            others (buckets of DDP or FSDP) or that autograd still tracks.
         lr_1d_ratio: lr of plain AdamW over lr; None: lr_1d / lr.
         distributed: how sharded (DTensor) momenta are orthogonalised: "owner" (what "auto" chooses) sends
             each matrix to one rank and the factor back, "gather" repeats the work on every rank, and
@@ -97,6 +101,9 @@ class MARS(ExactForm, torch.optim.Optimizer):
             the first step on this machine (seconds, needs a C++ compiler), by Triton kernels on CUDA. Where
             they are not available a warning says why and lists are used. None, like False, never uses them:
             nobody should wait for a compiler unasked, and the CUDA kernels have not been measured yet.
+        capturable: keep the step counters on the device and read nothing back, so that a CUDA graph can hold
+            the step. Take a step before capturing. A tensor lr or beta1 on the device is read again at each
+            replay; on the CPU it is fixed at capture. Orthogonalised types need "newton_schulz".
         maximize: ascend instead of descend.
 
     Raises:
@@ -107,8 +114,8 @@ class MARS(ExactForm, torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 3e-3,
-        betas: tuple[float, float] = (0.95, 0.99),
+        lr: float | Tensor = 3e-3,
+        betas: tuple[float | Tensor, float] = (0.95, 0.99),
         eps: float = 1e-8,
         weight_decay: float | None = None,
         amsgrad: bool = False,
@@ -136,11 +143,14 @@ class MARS(ExactForm, torch.optim.Optimizer):
         memory_efficient: bool = False,
         state_dtype: torch.dtype | None = None,
         prev_grad_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False,
+        steal_grad: bool = False,
         lr_1d_ratio: float | None = None,
         distributed: str = "auto",
         preset: str | None = None,
         foreach: bool | None = None,
         fused: bool | None = None,
+        capturable: bool = False,
         maximize: bool = False,
     ) -> None:
         if preset not in (None, "official"):
@@ -151,6 +161,8 @@ class MARS(ExactForm, torch.optim.Optimizer):
             raise TypeError(f"fused must be None, True or False, got {fused!r}")
         if foreach and fused:
             raise ValueError("foreach and fused must not both be True: each chooses the backend")
+        if foreach and isinstance(lr, Tensor) and not capturable:
+            raise ValueError("a tensor lr with foreach=True needs capturable=True, got capturable=False")
         if preset == "official":
             prev_grad_init, matrix_ndim = "zero", "==2"
             ns_dtype = torch.bfloat16 if ns_dtype is None else ns_dtype
@@ -192,11 +204,14 @@ class MARS(ExactForm, torch.optim.Optimizer):
             "memory_efficient": memory_efficient,
             "state_dtype": state_dtype,
             "prev_grad_dtype": prev_grad_dtype,
+            "stochastic_rounding": stochastic_rounding,
+            "steal_grad": steal_grad,
             "lr_1d_ratio": resolved_ratio(lr, lr_1d, lr_1d_ratio),
+            "capturable": capturable,
             "maximize": maximize,
             "algorithm": None,
         }
-        check_options({**defaults, "construction_lr": lr})
+        check_options({**defaults, "construction_lr": float(lr)})
         super().__init__(params, defaults)
 
     @classmethod
@@ -221,7 +236,7 @@ class MARS(ExactForm, torch.optim.Optimizer):
         if "lr_1d" in param_group and "lr_1d_ratio" not in param_group:
             options["lr_1d_ratio"] = resolved_ratio(options["lr"], options["lr_1d"], None)
         options.pop("lr_1d", None)
-        options.setdefault("construction_lr", options["lr"])
+        options.setdefault("construction_lr", float(options["lr"]))
         check_options(options)
         self._warn_of_gamma(options)
         super().add_param_group(options)
@@ -232,6 +247,7 @@ class MARS(ExactForm, torch.optim.Optimizer):
         closure: Callable[[], Any] | None = None,
         *,
         prev_grads: Sequence[Tensor | None] | Mapping[Any, Tensor] | None = None,
+        generator: torch.Generator | None = None,
     ) -> Any:
         """Update every parameter that has a gradient, and remember what the next correction needs.
 
@@ -241,13 +257,17 @@ class MARS(ExactForm, torch.optim.Optimizer):
                 already.
             prev_grads: h_t for the exact form, a sequence aligned with the parameters of all groups or a
                 dict from parameters or their names to tensors.
+            generator: source of the random bits of `stochastic_rounding`, on the device of the parameters;
+                None: torch's default one. Replicas (DDP, HSDP) must pass generators in equal states, or
+                they drift apart.
 
         Returns:
             The closure's (last) value, or None.
 
         Raises:
             RuntimeError: in the exact form after the first step when no h_t was supplied; for sparse
-                gradients.
+                gradients; for gradients that must not be stolen; while a CUDA graph is captured without
+                capturable=True.
             ValueError: if `prev_grads` does not match the parameters.
         """
         if prev_grads is not None:
@@ -256,15 +276,20 @@ class MARS(ExactForm, torch.optim.Optimizer):
         if self._reference_overflowed():
             self._forget_references()
             return loss
-        tasks = [task for group in self.param_groups for task in self._tasks(group)]
-        self._last_divisors = []
+        self._check_capture()
+        for group in self.param_groups:
+            self._warn_of_gamma(group)
+            self._check_gradients(group)
         self._last_ratios = None if self._last_ratios is None else []
-        buckets = buckets_of(tasks, self._backend)
-        squares = squares_of_shards(buckets, self._effective)
-        norms = global_norm(tasks, self._effective, squares)
+        buckets = [bucket for group in self.param_groups for bucket in self._buckets(group)]
+        squares = squares_of_shards(buckets)
+        norms = global_norms(buckets, squares)
+        divisors: list[Tensor] = []
         for bucket in buckets:
-            self._update(bucket, norms, squares)
-        self._after_step({id(task.param) for task in tasks})
+            divisors += self._update(bucket, norms, squares, generator)
+        self._last_divisors = divisors
+        if self._is_exact():
+            self._after_step({id(param) for bucket in buckets for param in bucket.params})
         return loss
 
     def reset_correction(self) -> None:
@@ -332,92 +357,54 @@ class MARS(ExactForm, torch.optim.Optimizer):
         self._last_ratios = None
         self._forget_references()
 
-    def _tasks(self, group: dict[str, Any]) -> Iterator[Task]:
-        """What this step does with the group. Raises for whatever is missing or wrong; changes nothing."""
-        self._warn_of_gamma(group)
-        rules: dict[str, UpdateRule] = {}
-        for param in group["params"]:
-            folded = self._folded_gradient(param)
-            grad = folded if self._folded else param.grad
-            if grad is None:
-                continue
-            if grad.layout != torch.strided:
-                raise RuntimeError(f"MARS needs dense gradients, got one of layout {grad.layout}")
-            path = path_of(param, group)
-            rule = rules.get(path) or rules.setdefault(
-                path, rule_of(group, path, official=self._preset == "official")
-            )
-            corrected = path != "plain"
-            reference = None
-            if corrected and folded is None and not rule.quasi_hyperbolic:
-                reference = self._reference(param, grad, group)
-            if is_dtensor(param) or is_dtensor(grad):
-                from .shards import placed_like
-
-                grad, reference = placed_like(param, grad, reference, self.state.get(param, {}), rule)
-            yield Task(param, grad, reference, rule, group, corrected)
-
-    def _effective(self, task: Task) -> tuple[Tensor, Tensor | None]:
-        """The pair g, h as the mathematics sees them; h is None where nothing is corrected."""
-        group, grad, reference = task.group, task.grad, task.reference
-        if self._folded:
-            return grad, None
-        g = objective_gradient(task.param, grad, task.param, group)
-        if reference is None or task.rule.correction_factor == 0:
-            return g, None
-        if reference is grad:
-            return g, g
-        state = self.state.get(task.param, {})
-        if group["is_approx"] or "step" not in state:
-            return g, reference
-        return g, objective_gradient(task.param, reference, state.get("prev_param"), group)
+    def _check_capture(self) -> None:
+        if torch.compiler.is_compiling() or not torch.cuda.is_available():
+            return
+        if torch.cuda.is_current_stream_capturing() and not all(g["capturable"] for g in self.param_groups):
+            raise RuntimeError("a CUDA graph can only capture step() with capturable=True in every group")
 
     def _update(
-        self, bucket: list[Task], norms: dict[torch.device, Tensor], squares: dict[int, Tensor]
-    ) -> None:
-        first = bucket[0]
-        rule, group, param = first.rule, first.group, first.param
-        params, grads, references = gradient_lists(bucket, self._effective)
-        states = [self.state[task.param] for task in bucket]
-        for state, task, g in zip(states, bucket, grads, strict=True):
-            prepare_state(state, task.param, g, rule, group)
-        norm = norms.get(param.device) if group["clip_scope"] == "global" else None
+        self,
+        bucket: Bucket,
+        norms: dict[torch.device, Tensor],
+        squares: dict[int, Tensor],
+        generator: torch.Generator | None,
+    ) -> list[Tensor]:
+        """Step one bucket; returns what its corrected gradients were divided by."""
+        rule, group, params, grads = bucket.rule, bucket.group, bucket.params, bucket.grads
         if self._last_ratios is not None:
-            for g, h in zip(grads, references or [], strict=False):
+            for g, h in zip(grads, bucket.references or [], strict=False):
                 g, h = own_part(g), own_part(h)
                 self._last_ratios.append(rule.correction_factor * norm_of(g - h) / norm_of(g))
-        self._remember_params(group, params)
+        if not group["is_approx"]:
+            self._remember_params(group, params)
+        norm = norms.get(params[0].device) if group["clip_scope"] == "global" else None
+        norm = None if norm is None else norm.to(working_dtype(params[0].dtype))
         lists = (
             params,
             grads,
-            references,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states] if rule.has_second_moment else [],
-            [state["max_exp_avg_sq"] for state in states] if rule.has_second_moment and rule.amsgrad else [],
-            [state["step"] for state in states],
+            bucket.references,
+            bucket.exp_avgs,
+            bucket.exp_avg_sqs,
+            bucket.max_exp_avg_sqs,
+            bucket.steps,
         )
-        norm = None if norm is None else norm.to(working_dtype(param.dtype))
-        backend = self._backend(param)
-        remembers = group["is_approx"] and first.corrected and not rule.quasi_hyperbolic
-        stores = None
-        if remembers and backend.fused:
-            stores = [
-                gradient_buffer(state, "last_grad", g, task.param, group)
-                for state, task, g in zip(states, bucket, grads, strict=True)
-            ]
-        if is_dtensor(param):
+        stores = None if group["steal_grad"] or not bucket.stores else bucket.stores
+        if bucket.spread:
             from .distributed import mars_sharded
 
-            divisors = mars_sharded(*lists, rule, norm=norm, squares=squares, how=self._distributed)
+            how = self._distributed
+            divisors = mars_sharded(*lists, rule, norm=norm, squares=squares, how=how, generator=generator)
         else:
-            divisors = take_step(backend, *lists, rule, norm=norm, stores=stores)
-        self._last_divisors += divisors
-        if remembers and stores is None:
-            for state, task, g in zip(states, bucket, grads, strict=True):
-                remember_gradient(state, "last_grad", g, task.param, group)
-
-    def _backend(self, param: Tensor) -> Backend:
-        return choose_backend(param, foreach=self._foreach, fused=self._fused)
+            copied = stores if bucket.backend.fused else None
+            divisors = take_step(bucket.backend, *lists, rule, norm=norm, stores=copied, generator=generator)
+            stores = None if bucket.backend.fused else stores
+        if stores is not None:
+            keep_gradients(stores, grads)
+        elif group["steal_grad"] and bucket.stores:
+            for param, grad in zip(params, grads, strict=True):
+                self.state[param]["last_grad"], param.grad = grad, None
+        return divisors
 
     def _warn_of_gamma(self, group: Mapping[str, Any]) -> None:
         if self._warned_of_gamma or not (group["is_approx"] and group["gamma"] > _LARGEST_QUIET_GAMMA):

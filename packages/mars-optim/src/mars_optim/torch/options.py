@@ -38,8 +38,18 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "decay_mode": ("decoupled", "independent", "cautious", "l2"),
     "orthogonalize": SOLVERS,
 }
-_SWITCHES = ("amsgrad", "is_approx", "optimize_1d", "cautious", "memory_efficient", "maximize")
-_NON_NEGATIVE = ("lr", "eps", "weight_decay", "weight_decay_1d", "gamma", "lr_1d_ratio")
+_SWITCHES = (
+    "amsgrad",
+    "is_approx",
+    "optimize_1d",
+    "cautious",
+    "memory_efficient",
+    "stochastic_rounding",
+    "steal_grad",
+    "capturable",
+    "maximize",
+)
+_NON_NEGATIVE = ("eps", "weight_decay", "weight_decay_1d", "gamma", "lr_1d_ratio")
 _SCALES = ("none", "sqrt_ratio", "rms")
 
 
@@ -49,21 +59,50 @@ def path_of(param: Tensor, group: Mapping[str, Any]) -> str:
     Vectors and scalars get plain AdamW unless `optimize_1d` or `algorithm="mars"` says otherwise;
     orthogonalised types treat those as "adamw", since they are no matrices.
     """
+    return paths_of(group)[is_matrix(param, group)]
+
+
+def paths_of(group: Mapping[str, Any]) -> dict[bool, str]:
+    """The path of the group's matrices (True) and of its other tensors (False); see `path_of`."""
     kind, algorithm = KINDS[group["mars_type"]], group["algorithm"]
-    matrix = param.ndim == 2 if group["matrix_ndim"] == "==2" else param.ndim >= 2
-    if algorithm == "adamw" or not (matrix or group["optimize_1d"] or algorithm == "mars"):
-        return "plain"
-    return "adamw" if kind in ORTHOGONALISED and not matrix else kind
+    if algorithm == "adamw":
+        return {True: "plain", False: "plain"}
+    if not (group["optimize_1d"] or algorithm == "mars"):
+        return {True: kind, False: "plain"}
+    return {True: kind, False: "adamw" if kind in ORTHOGONALISED else kind}
+
+
+def is_matrix(param: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether a tensor counts as a matrix under the group's `matrix_ndim`."""
+    return param.ndim == 2 if group["matrix_ndim"] == "==2" else param.ndim >= 2
+
+
+def has_second_moment(path: str) -> bool:
+    """Whether tensors on the path keep `exp_avg_sq`."""
+    return path in ("plain", "adamw")
+
+
+def keeps_plain_average(path: str, group: Mapping[str, Any]) -> bool:
+    """Whether `exp_avg` keeps the average of the gradients, from which the momentum is made at each step."""
+    return group["memory_efficient"] and not has_second_moment(path)
+
+
+def check_scheduled(group: Mapping[str, Any]) -> None:
+    """Raise unless what schedulers change is still in range: betas and gamma.
+
+    Not the learning rate, which may be a cosine rounded below zero.
+    """
+    for name in ("betas", "betas_1d"):
+        _check_betas(name, group[name])
+    check_non_negative("gamma", group["gamma"])
 
 
 def rule_of(group: Mapping[str, Any], path: str, *, official: bool) -> UpdateRule:
     """The update rule of the group's tensors on one path, from its present values.
 
-    Schedulers change betas and gamma, so these are checked again; lr may be a cosine rounded below zero.
+    Tensors stay tensors where no host may read them: in a capturable step and while torch.compile traces.
     """
-    for name in ("betas", "betas_1d"):
-        _check_betas(name, group[name])
-    check_non_negative("gamma", group["gamma"])
+    number = _itself if group["capturable"] or torch.compiler.is_compiling() else float
     kind = KINDS[group["mars_type"]]
     plain = path == "plain"
     lr = group["lr"] * group["lr_1d_ratio"] if plain else group["lr"]
@@ -75,14 +114,16 @@ def rule_of(group: Mapping[str, Any], path: str, *, official: bool) -> UpdateRul
         decay = weight_decay * group["lr"] / group["construction_lr"]
     rule = UpdateRule(
         kind="adamw" if plain else cast(Kind, path),
-        lr=float(lr),
-        beta1=float(beta1),
+        lr=number(lr),
+        beta1=number(beta1),
         beta2=float(beta2),
         eps=float(group["eps"]),
-        decay=float(decay),
+        decay=number(decay),
         cautious_decay=mode == "cautious",
         cautious=group["cautious"],
         amsgrad=group["amsgrad"],
+        capturable=group["capturable"],
+        stochastic_rounding=group["stochastic_rounding"],
     )
     if plain:
         return replace(rule, eps_before_correction=official and kind == "m")
@@ -93,7 +134,7 @@ def rule_of(group: Mapping[str, Any], path: str, *, official: bool) -> UpdateRul
         clip=group["clip"],
         second_moment=group["second_moment"],
         batched=group["matrix_view"] == "batch",
-        quasi_hyperbolic=group["memory_efficient"] and path != "adamw",
+        quasi_hyperbolic=keeps_plain_average(path, group),
         orthogonalizer=group["orthogonalize"],
         ns_steps=group["ns_steps"],
         ns_coefficients=tuple(group["ns_coefficients"]),
@@ -109,11 +150,11 @@ def resolved_decay(weight_decay: float | None, mars_type: str) -> float:
     return 0.1 if KINDS.get(mars_type) == "m" else 0.0
 
 
-def resolved_ratio(lr: float, lr_1d: float, lr_1d_ratio: float | None) -> float:
+def resolved_ratio(lr: float | Tensor, lr_1d: float, lr_1d_ratio: float | None) -> float:
     """The learning rate of plain AdamW over lr, which a schedule keeps."""
     if lr_1d_ratio is not None:
         return lr_1d_ratio
-    check_non_negative("lr", lr)
+    lr = check_rate("lr", lr)
     check_non_negative("lr_1d", lr_1d)
     if lr == 0:
         raise ValueError(
@@ -129,10 +170,11 @@ def check_options(group: Mapping[str, Any]) -> None:
         ValueError: for a value outside its range, or for options that exclude each other.
         TypeError: for a value of the wrong type.
     """
+    check_rate("lr", group["lr"])
     for name in _NON_NEGATIVE:
         check_non_negative(name, group[name])
     for name in ("betas", "betas_1d"):
-        _check_betas(name, group[name])
+        _check_betas(name, group[name], read=True)
     if group["mars_type"] not in KINDS:
         valid = ", ".join(repr(name) for name in KINDS)
         raise ValueError(f"mars_type must be one of {valid}, got {group['mars_type']!r}")
@@ -164,16 +206,40 @@ def check_non_negative(name: str, value: object) -> None:
         raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
 
 
+def check_rate(name: str, value: object) -> float:
+    """The value of a rate, which may be a 0-d tensor; raise unless it is finite and >= 0."""
+    if isinstance(value, Tensor):
+        value = _scalar(name, value)
+    check_non_negative(name, value)
+    return cast(float, value)
+
+
+def _scalar(name: str, tensor: Tensor) -> float:
+    if tensor.numel() != 1 or not tensor.is_floating_point():
+        kind = f"shape {tuple(tensor.shape)} and dtype {tensor.dtype}"
+        raise ValueError(f"{name} must be a number or a floating point tensor of one element, got {kind}")
+    return tensor.item()
+
+
+def _itself(value: float | Tensor) -> float | Tensor:
+    return value
+
+
 def _check_number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a Python number, got {value!r}")
     return value
 
 
-def _check_betas(name: str, betas: object) -> None:
+def _check_betas(name: str, betas: object, *, read: bool = False) -> None:
+    """Raise unless the betas are in range; a beta1 that is a tensor is looked at only if it may be read."""
     if not isinstance(betas, tuple | list) or len(betas) != 2:
         raise ValueError(f"{name} must be a pair (beta1, beta2), got {betas!r}")
     for index, beta in enumerate(betas):
+        if isinstance(beta, Tensor) and index == 0 and name == "betas":
+            if not read:
+                continue
+            beta = _scalar("betas[0]", beta)
         _check_number(f"{name}[{index}]", beta)
         if not 0 <= beta < 1:
             raise ValueError(f"{name}[{index}] must be in [0, 1), got {beta!r}")
@@ -210,6 +276,14 @@ def _check_combinations(group: Mapping[str, Any]) -> None:
         raise ValueError(
             'decay_mode="independent" measures decay against the initial lr and needs lr > 0, got lr=0'
         )
+    _check_capturable(group)
+    if group["steal_grad"] and not group["is_approx"]:
+        raise ValueError("steal_grad=True needs the approximate form, got is_approx=False")
+    if group["steal_grad"] and group["prev_grad_dtype"] is not None:
+        raise ValueError(
+            "steal_grad=True keeps the gradient itself and needs prev_grad_dtype=None, "
+            f"got prev_grad_dtype={group['prev_grad_dtype']!r}"
+        )
     if not group["memory_efficient"]:
         return
     if KINDS[group["mars_type"]] == "adamw":
@@ -225,4 +299,20 @@ def _check_combinations(group: Mapping[str, Any]) -> None:
         raise ValueError(
             'memory_efficient=True with prev_grad_init="current" needs gamma != 1 '
             f'(or prev_grad_init="zero"), got gamma={group["gamma"]!r}'
+        )
+
+
+def _check_capturable(group: Mapping[str, Any]) -> None:
+    if not group["capturable"]:
+        return
+    if group["steal_grad"]:
+        raise ValueError(
+            "capturable=True must not be combined with steal_grad=True: a captured graph replays with the "
+            "addresses it has seen, and stealing exchanges them"
+        )
+    orthogonalised = KINDS[group["mars_type"]] in ORTHOGONALISED
+    if orthogonalised and group["orthogonalize"] != "newton_schulz":
+        raise ValueError(
+            'capturable=True needs orthogonalize="newton_schulz", since the other solvers ask the device '
+            f"for their progress, got {group['orthogonalize']!r}"
         )

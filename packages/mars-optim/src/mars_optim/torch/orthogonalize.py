@@ -33,7 +33,7 @@ def newton_schulz(
     *,
     steps: int = 5,
     coefficients: tuple[float, float, float] = QUINTIC,
-    eps: float = 1e-7,
+    eps: float | Tensor = 1e-7,
     dtype: torch.dtype | None = None,
 ) -> Inexact[Tensor, "*batch rows columns"]:
     """Image of each matrix under `steps` quintic Newton-Schulz iterations, started from M / (||M||_F + eps).
@@ -57,7 +57,7 @@ def newton_schulz(
     """
     if steps < 0:
         raise ValueError(f"steps must be >= 0, got {steps!r}")
-    if eps < 0:
+    if not isinstance(eps, Tensor) and eps < 0:
         raise ValueError(f"eps must be >= 0, got {eps!r}")
     _require_matrix(matrix)
     p1, p2, p3 = coefficients
@@ -112,7 +112,7 @@ def orthogonalize(
     *,
     steps: int = 5,
     coefficients: tuple[float, float, float] = QUINTIC,
-    eps: float = 1e-7,
+    eps: float | Tensor = 1e-7,
     dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
     """Orthogonal factor of every matrix in a list; equal shapes (up to transposition) share one batched call.

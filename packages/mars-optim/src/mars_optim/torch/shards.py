@@ -21,8 +21,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.distributed.tensor.placement_types import Placement
 
-from .rule import UpdateRule
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -76,10 +74,10 @@ class Layout:
         return self.box(_coordinate(self.mesh))
 
 
-def placed_like(
-    param: Tensor, grad: Tensor, reference: Tensor | None, state: Mapping[str, Any], rule: UpdateRule
-) -> tuple[Tensor, Tensor | None]:
-    """Gradient and reference gradient laid out as the parameter, so that a step can work on local parts.
+def require_placement(
+    param: Tensor, grad: Tensor, reference: Tensor | None, state: Mapping[str, Any], *, batched: bool
+) -> None:
+    """Raise unless a step can work on the local parts of a parameter, its gradients and its state.
 
     Raises:
         ValueError: if only one of parameter and gradient is a DTensor; if the parameter is complex or a
@@ -93,7 +91,7 @@ def placed_like(
         raise ValueError(f"a DTensor parameter must be real, got dtype {param.dtype}")
     if any(isinstance(placement, Partial) for placement in layout.placements):
         raise ValueError(f"a parameter must be replicated or sharded, got placements {layout.placements}")
-    if stacked(layout.shape, rule.batched) and not layout.regular:
+    if stacked(layout.shape, batched) and not layout.regular:
         raise ValueError(f'matrix_view="batch" needs placements Shard or Replicate, got {layout.placements}')
     for what, tensor in (("gradient", grad), ("reference gradient", reference)):
         if tensor is None:
@@ -110,10 +108,11 @@ def placed_like(
                 f"the state {name!r} must be placed like its parameter, {layout.placements}, "
                 f"got {_placements(value) or 'a plain tensor'}"
             )
-    placed = _redistributed(grad, layout)
-    if reference is None or reference is grad:
-        return placed, None if reference is None else placed
-    return placed, _redistributed(reference, layout)
+
+
+def placed_like(param: Tensor, tensor: Tensor) -> Tensor:
+    """A gradient laid out as its parameter, so that a step can work on local parts."""
+    return _redistributed(tensor, Layout.of(param))  # pyright: ignore[reportArgumentType]
 
 
 def local_part(tensor: Tensor, param: DTensor) -> Tensor:

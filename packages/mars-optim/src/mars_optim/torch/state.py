@@ -1,6 +1,6 @@
 """The state of one parameter: what is allocated, in which dtype, and how a checkpoint comes back.
 
-    step            number of steps done, float32 0-d tensor on the CPU
+    step            number of steps done, float32 0-d tensor on the CPU (capturable: beside the parameter)
     exp_avg         momentum m_t (memory_efficient: the plain average of the gradients)
     exp_avg_sq      second moment v_t, AdamW path only
     max_exp_avg_sq  its running maximum, with amsgrad
@@ -18,26 +18,35 @@ import torch
 from torch import Tensor
 
 from .correction import working_dtype
-from .rule import UpdateRule
+from .options import has_second_moment, keeps_plain_average
 
 
 def prepare_state(
-    state: dict[str, Any], param: Tensor, grad: Tensor, rule: UpdateRule, group: dict[str, Any]
-) -> dict[str, Any]:
-    """Allocate what the rule reads and the state lacks; `grad` is the gradient of this step."""
+    state: dict[str, Any], param: Tensor, grad: Tensor, path: str, group: dict[str, Any]
+) -> None:
+    """Allocate what a step along the path reads and the state lacks.
+
+    Args:
+        state: of the parameter.
+        param: the parameter.
+        grad: the gradient of this step, as the mathematics sees it.
+        path: from `path_of`.
+        group: the parameter's group.
+    """
     dtype = _state_dtype(param, group["state_dtype"])
     if "step" not in state:
-        state["step"] = torch.zeros((), dtype=torch.float32)
+        device = param.device if group["capturable"] else None
+        state["step"] = torch.zeros((), dtype=torch.float32, device=device)
     if "exp_avg" not in state:
         state["exp_avg"] = torch.zeros_like(param, dtype=dtype)
-        if rule.quasi_hyperbolic and group["prev_grad_init"] == "current":
+        if keeps_plain_average(path, group) and group["prev_grad_init"] == "current":
             # the start that makes c_1 = g_1; see quasi_hyperbolic
-            state["exp_avg"].copy_(grad).mul_(-rule.gamma / (1 - rule.gamma))
-    if rule.has_second_moment and "exp_avg_sq" not in state:
+            gamma = group["gamma"]
+            state["exp_avg"].copy_(grad).mul_(-gamma / (1 - gamma))
+    if has_second_moment(path) and "exp_avg_sq" not in state:
         state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)
-    if rule.has_second_moment and rule.amsgrad and "max_exp_avg_sq" not in state:
+    if has_second_moment(path) and group["amsgrad"] and "max_exp_avg_sq" not in state:
         state["max_exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)
-    return state
 
 
 def remember_gradient(
@@ -49,6 +58,34 @@ def remember_gradient(
     placed_alike = getattr(grad, "placements", None) == getattr(own, "placements", None)
     target, source = (own_part(own), own_part(grad)) if placed_alike else (own, grad)
     target.copy_(source)
+
+
+def keep_gradients(stores: list[Tensor], grads: list[Tensor]) -> None:
+    """Copy gradients into the state's tensors."""
+    if type(stores[0]) is Tensor:
+        torch._foreach_copy_(stores, grads)  # pyright: ignore[reportPrivateImportUsage]
+        return
+    for store, grad in zip(stores, grads, strict=True):
+        # local parts of DTensors cost no dispatch; a gradient has been placed like its parameter
+        own_part(store).copy_(own_part(grad))
+
+
+def require_own_memory(grad: Tensor) -> None:
+    """Raise unless a gradient may be taken away from its parameter.
+
+    Raises:
+        RuntimeError: if the gradient is part of a larger memory (a bucket of DDP with
+            gradient_as_bucket_view=True, a reduction buffer of FSDP), which is written to again, or is
+            tracked by autograd (create_graph=True), so that somebody holds on to it.
+    """
+    if grad.requires_grad or grad.retains_grad:
+        raise RuntimeError("steal_grad=True cannot take gradients that autograd tracks (create_graph=True)")
+    own = own_part(grad)
+    if own.untyped_storage().nbytes() > own.numel() * own.element_size():
+        raise RuntimeError(
+            "steal_grad=True cannot take a gradient that is part of a larger memory, "
+            "such as a bucket of DDP with gradient_as_bucket_view=True"
+        )
 
 
 def gradient_buffer(
@@ -90,6 +127,7 @@ def restore_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) 
     """Give every state tensor of a loaded checkpoint its saved dtype and memory of its own."""
     saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
     params = [p for group in optimizer.param_groups for p in group["params"]]
+    capturable = {p: group.get("capturable") for group in optimizer.param_groups for p in group["params"]}
     for saved_id, param in zip(saved_ids, params, strict=True):
         saved = state_dict["state"].get(saved_id)
         if saved is None:
@@ -97,7 +135,8 @@ def restore_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) 
         state = optimizer.state[param]
         for name, value in saved.items():
             if name == "step":
-                state[name] = torch.as_tensor(value, dtype=torch.float32).detach().clone().cpu()
+                device = param.device if capturable.get(param, False) else "cpu"
+                state[name] = torch.as_tensor(value, dtype=torch.float32).detach().clone().to(device)
             elif isinstance(value, Tensor):
                 state[name] = value.detach().to(param.device, copy=True)
         _drop_promoted_gradient(state)
