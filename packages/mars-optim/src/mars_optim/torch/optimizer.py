@@ -287,7 +287,7 @@ class MARS(Bucketing, ExactForm, torch.optim.Optimizer):
         divisors: list[Tensor] = []
         for bucket in buckets:
             divisors += self._update(bucket, norms, squares, generator)
-        self._last_divisors = divisors
+        self._last_divisors[:] = divisors  # torch.compile keeps this, but no assignment to an optimizer
         if self._is_exact():
             self._after_step({id(param) for bucket in buckets for param in bucket.params})
         return loss
