@@ -30,7 +30,7 @@ from recipe import UsageError
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mars_optim.torch import MARS
+from mars_optim.torch import MARS, build_param_groups
 
 RATES = {"adamw": 1e-3, "muon": 2e-2, "mars-adamw": 3e-3, "mars-lion": 3e-4, "mars-shampoo": 2e-2}
 PUBLISHED = {  # best test accuracy in per cent on CIFAR-10 and CIFAR-100
@@ -181,8 +181,9 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace) -> MARS | torch.
     if args.optimizer == "adamw":
         return torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     muon, beta = args.optimizer == "muon", 0.95
+    mars_type = "mars-shampoo" if muon else args.optimizer
     return MARS(
-        recipe.mars_groups(model, "mars-shampoo" if muon else args.optimizer, args.weight_decay),
+        build_param_groups(model, mars_type, weight_decay=args.weight_decay),
         args.lr,
         (beta, 0.99),
         gamma=1 - beta if muon else args.gamma,

@@ -43,7 +43,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from mars_optim.torch import MARS, clip_grad_norm_pair_
+from mars_optim.torch import MARS, build_param_groups, clip_grad_norm_pair_
 from tenfold_tools.workloads import ByteGPT, GPTConfig, warmup_cosine
 
 # ------------------------------------------------------------------------------------------------- data
@@ -100,7 +100,7 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace) -> MARS | torch.
         ]
         return torch.optim.AdamW(by_decay, lr=args.lr, betas=(0.9, 0.95))
     if args.optimizer == "muon":
-        groups = recipe.mars_groups(model, "mars-shampoo", 0.0)
+        groups = build_param_groups(model, "mars-shampoo")
         for group in groups:
             if group["algorithm"] == "adamw":  # embeddings
                 group["weight_decay"] = group["weight_decay_1d"] = 0.1
@@ -108,7 +108,8 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace) -> MARS | torch.
         return MARS(
             groups, args.lr, (beta, 0.99), gamma=1 - beta, clip=None, prev_grad_init="zero", lr_1d_ratio=0.15
         )
-    groups = recipe.mars_groups(model, args.optimizer, 0.1 if args.optimizer == "mars-m" else 0.01)
+    decay = 0.1 if args.optimizer == "mars-m" else 0.01
+    groups = build_param_groups(model, args.optimizer, weight_decay=decay)
     return MARS(
         groups,
         args.lr,

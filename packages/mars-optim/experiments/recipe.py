@@ -18,8 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mars_optim.torch import build_param_groups
-
 
 class UsageError(Exception):
     """A wrong option or file, in one line."""
@@ -41,21 +39,6 @@ def run_as_script(main: Callable[[], int], name: str) -> int:
     except (UsageError, RunError) as error:
         sys.stderr.write(f"{name}: error: {error}\n")
         return 2 if isinstance(error, UsageError) else 1
-
-
-def mars_groups(model: nn.Module, mars_type: str, weight_decay: float) -> list[dict[str, Any]]:
-    """`build_param_groups`, with vectors on the plain AdamW path, as in the paper's runs.
-
-    Args:
-        model: as there.
-        mars_type: as there.
-        weight_decay: as there.
-    """
-    groups = build_param_groups(model, mars_type, weight_decay=weight_decay)
-    for group in groups:
-        if group["algorithm"] == "mars":
-            group["algorithm"] = None  # "mars" would put vectors under MARS too
-    return groups
 
 
 # ---------------------------------------------------------------------------------------------- run folder

@@ -9,6 +9,7 @@ torch = pytest.importorskip("torch", reason="parameter groups need torch")
 
 from torch import nn  # noqa: E402
 
+from mars_optim.torch import MARS  # noqa: E402
 from mars_optim.torch.param_groups import GammaScheduler, build_param_groups  # noqa: E402
 
 ALL_TYPES = ["mars-adamw", "mars-lion", "mars-shampoo", "mars-m", "mars-sgd"]
@@ -49,7 +50,7 @@ class TimmModel(nn.Module):
 def names_by_algorithm(groups):
     sorted_names = {"mars": [], "adamw": []}
     for group in groups:
-        sorted_names[group["algorithm"]] += group["param_names"]
+        sorted_names[group["algorithm"] or "mars"] += group["param_names"]
     return sorted_names
 
 
@@ -134,7 +135,18 @@ def test_patterns_decide_what_is_decayed():
 def test_matrices_on_the_adamw_path_decay_as_told_and_not_as_vectors():
     groups = build_param_groups(LanguageModel(), "shampoo", weight_decay=0.02)
     decay = {group["algorithm"]: group.get("weight_decay_1d") for group in groups}
-    assert decay == {"mars": None, "adamw": 0.02}
+    assert decay == {None: None, "adamw": 0.02}
+
+
+@pytest.mark.parametrize("mars_type", ["adamw", "shampoo"])
+def test_vectors_take_the_plain_path_unless_the_optimizer_says_otherwise(mars_type):
+    for optimize_1d in (False, True):
+        model = nn.Linear(3, 3)
+        optimizer = MARS(build_param_groups(model, mars_type), lr=0.1, optimize_1d=optimize_1d)
+        model(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+        assert "last_grad" in optimizer.state[model.weight]
+        assert ("last_grad" in optimizer.state[model.bias]) is optimize_1d
 
 
 @pytest.mark.parametrize("short", ["adamw", "lion", "shampoo", "m", "sgd"])

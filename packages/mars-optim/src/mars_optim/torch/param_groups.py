@@ -27,6 +27,8 @@ def build_param_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups for `MARS`, each with `algorithm`, `mars_type` and `param_names` set.
 
+    `algorithm` is "adamw" or None, by which the optimiser corrects the matrices of the group.
+
     A parameter goes to AdamW if a pattern of `adamw_patterns` matches one of its names or, for the types that
     orthogonalise, if it is an embedding or an output head: the weight of an nn.Embedding or nn.EmbeddingBag
     and whatever is tied to it, what the model's `get_output_embeddings()` (Hugging Face) or
@@ -78,7 +80,8 @@ def _group(
     group: dict[str, Any] = {
         "params": list(parameters.values()),
         "param_names": list(parameters),
-        "algorithm": algorithm,
+        # None, not "mars", which would put vectors under MARS too
+        "algorithm": None if algorithm == "mars" else algorithm,
         "mars_type": mars_type,
         "weight_decay": weight_decay,
     }
