@@ -12,7 +12,14 @@ except ModuleNotFoundError as error:
 
 from .clipping import clip_grad_norm_pair_
 from .diagnostics import estimator_error
-from .functional import UpdateRule, clip_by_norm, gradient_correction, mars, quasi_hyperbolic
+from .functional import (
+    UpdateRule,
+    clip_by_norm,
+    gradient_correction,
+    mars,
+    quasi_hyperbolic,
+    stochastic_round_,
+)
 from .optimizer import MARS
 from .orthogonalize import newton_schulz, orthogonalize, polar
 from .param_groups import GammaScheduler, build_param_groups
@@ -33,4 +40,5 @@ __all__ = [
     "orthogonalize",
     "polar",
     "quasi_hyperbolic",
+    "stochastic_round_",
 ]

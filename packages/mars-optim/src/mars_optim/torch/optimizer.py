@@ -100,7 +100,8 @@ class MARS(Bucketing, ExactForm, torch.optim.Optimizer):
         fused: True does the elementwise part of a step in one pass: by C++ kernels on the CPU, compiled at
             the first step on this machine (seconds, needs a C++ compiler), by Triton kernels on CUDA. Where
             they are not available a warning says why and lists are used. None, like False, never uses them:
-            nobody should wait for a compiler unasked, and the CUDA kernels have not been measured yet.
+            nobody should wait for a compiler unasked, and the CUDA kernels have not been measured yet. Sharded
+            parameters are stepped by lists whatever foreach and fused say.
         capturable: keep the step counters on the device and read nothing back, so that a CUDA graph can hold
             the step. Take a step before capturing. A tensor lr or beta1 on the device is read again at each
             replay; on the CPU it is fixed at capture. Orthogonalised types need "newton_schulz".
