@@ -1,0 +1,380 @@
+"""The factor cache: per layer and token one K record and one V record, preallocated and written in place.
+
+A layer packs what decoding needs of a token into two rows of numbers (TPA: the factors A and B; GQA: the
+key-value heads; MLA: latent and rotary key) and hands them to a cache, which hands back the rows of every
+token so far. `LayerCache` is that conversation; `FactorCache` is the static, contiguous answer to it.
+
+Source: Zhang et al. 2025 (arXiv 2501.06425), Section 3: cached numbers per token R_K (h + D) + R_V (h + E).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, Self, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+ALIGNMENT = 16  # bytes: a record starts where a vector load may start
+
+
+@runtime_checkable
+class LayerCache(Protocol):
+    """What an attention layer asks of a cache, whichever way the records are kept."""
+
+    def append(
+        self,
+        layer: int,
+        k: Float[Tensor, "B T Wk"],
+        v: Float[Tensor, "B T Wv"],
+        positions: Int[Tensor, "B T"] | None = None,
+    ) -> tuple[Float[Tensor, "B M Wk"], Float[Tensor, "B M Wv"], Int[Tensor, " B"] | None]:
+        """Take the records of T new tokens; return those of all tokens and how many of each row are valid.
+
+        None for the lengths means that all M records of every sequence are valid.
+        """
+        ...
+
+    def past_length(self, layer: int) -> int | Int[Tensor, " B"]:
+        """Tokens stored so far: an int where all sequences are equally long."""
+        ...
+
+    def key_positions(self, layer: int) -> Int[Tensor, "B M"] | None:
+        """Positions of the stored tokens, for layers that rotate keys when they load them.
+
+        None where the cache keeps none: then stored tokens stand at consecutive positions.
+        """
+        ...
+
+    def last_hidden(self, layer: int) -> Float[Tensor, "B d"] | None:
+        """Input of the layer at the last token, for `kv_shift`; None before the first token."""
+        ...
+
+    def set_last_hidden(self, layer: int, hidden: Float[Tensor, "B d"]) -> None:
+        """Keep the input of the layer at the last token."""
+        ...
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """How wide the records of a model are.
+
+    Args:
+        num_layers: attention layers, >= 1.
+        k_numbers: numbers in a K record without padding, >= 0.
+        v_numbers: numbers in a V record without padding, >= 0.
+        keep_positions: whether the layers rotate keys on load and need the positions of stored tokens.
+
+    Raises:
+        ValueError: if a count is out of range.
+    """
+
+    num_layers: int
+    k_numbers: int
+    v_numbers: int
+    keep_positions: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_layers < 1:
+            raise ValueError(f"num_layers must be >= 1, got {self.num_layers!r}")
+        for name in ("k_numbers", "v_numbers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)!r}")
+
+    def widths(self, dtype: torch.dtype) -> tuple[int, int]:
+        """Numbers per K and V record with the padding that `dtype` needs."""
+        return padded_width(self.k_numbers, dtype.itemsize), padded_width(self.v_numbers, dtype.itemsize)
+
+
+def padded_width(numbers: int, itemsize: int) -> int:
+    """Record width in numbers: `numbers` rounded up to whole units of 16 bytes."""
+    unit = ALIGNMENT // itemsize
+    return -(-numbers // unit) * unit
+
+
+class FactorCache:
+    """Static cache: one buffer (batch, capacity, record width) per layer for K and one for V.
+
+    `append` writes in place behind the tokens of each sequence, which may be unequally long (after `crop`
+    with a tensor). Whether there is room is known on the host, so no call waits for the device, and a call
+    that does not fit raises before it writes. Records are detached: a cache is for inference.
+
+    Args:
+        config: a `CacheLayout`, or a layer or model with the attribute `cache_layout`.
+        batch: sequences, >= 1.
+        max_len: capacity in tokens, >= 1.
+        device: where the buffers live; the default device if None.
+        dtype: floating type of the buffers; the default dtype if None. Appended records are cast to it.
+
+    Raises:
+        TypeError: if `config` has no cache layout or `dtype` is not floating.
+        ValueError: if `batch` or `max_len` is < 1.
+    """
+
+    def __init__(
+        self,
+        config: CacheLayout | Any,
+        batch: int,
+        max_len: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        layout = config if isinstance(config, CacheLayout) else getattr(config, "cache_layout", None)
+        if not isinstance(layout, CacheLayout):
+            raise TypeError(
+                f"config must be a CacheLayout or have the attribute cache_layout, got {type(config)}"
+            )
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        if not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating type, got {dtype}")
+        for name, value in (("batch", batch), ("max_len", max_len)):
+            if value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value!r}")
+        self.layout = layout
+        self.batch = batch
+        self.max_len = max_len
+        self._allocate(torch.empty(0, device=device, dtype=dtype).device, dtype)
+        self._used = [0] * layout.num_layers  # host: length of the longest sequence, per layer
+        self._ragged = [False] * layout.num_layers
+
+    def _allocate(self, device: torch.device, dtype: torch.dtype) -> None:
+        layers = range(self.layout.num_layers)
+        rows = (self.batch, self.max_len)
+        with torch.inference_mode(False):  # in-place writes must stay possible outside inference mode
+            k_width, v_width = self.layout.widths(dtype)
+            self._k = [torch.zeros(*rows, k_width, device=device, dtype=dtype) for _ in layers]
+            self._v = [torch.zeros(*rows, v_width, device=device, dtype=dtype) for _ in layers]
+            self._lengths = torch.zeros(len(layers), self.batch, device=device, dtype=torch.int32)
+            self._positions = (
+                [torch.zeros(*rows, device=device, dtype=torch.int32) for _ in layers]
+                if self.layout.keep_positions
+                else None
+            )
+            self._last_hidden: list[Tensor | None] = [None for _ in layers]
+
+    # ------------------------------------------------------------------------------------------ what it is
+
+    @property
+    def device(self) -> torch.device:
+        return self._lengths.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._k[0].dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all records, padding included; lengths and positions are int32 and not counted."""
+        return sum(buffer.numel() * buffer.itemsize for buffer in (*self._k, *self._v))
+
+    @property
+    def seq_lens(self) -> Int[Tensor, " B"]:
+        """Tokens that every layer holds of each sequence, int32 on the cache's device."""
+        return self._lengths.amin(dim=0)
+
+    def past_length(self, layer: int) -> int | Int[Tensor, " B"]:
+        """Tokens stored so far: an int where all sequences are equally long."""
+        self._check_layer(layer)
+        return self._lengths[layer] if self._ragged[layer] else self._used[layer]
+
+    def key_positions(self, layer: int) -> Int[Tensor, "B M"] | None:
+        """Positions of the stored tokens; None unless the layout keeps them."""
+        self._check_layer(layer)
+        return None if self._positions is None else self._positions[layer][:, : self._used[layer]]
+
+    def last_hidden(self, layer: int) -> Float[Tensor, "B d"] | None:
+        """Input of the layer at the last token; None before the first."""
+        self._check_layer(layer)
+        return self._last_hidden[layer]
+
+    def set_last_hidden(self, layer: int, hidden: Float[Tensor, "B d"]) -> None:
+        """Keep the input of the layer at the last token, which `kv_shift` reads next time."""
+        self._check_layer(layer)
+        self._last_hidden[layer] = hidden.detach().clone()
+
+    # ------------------------------------------------------------------------------------------ what it does
+
+    @torch.no_grad()
+    def append(
+        self,
+        layer: int,
+        k: Float[Tensor, "B T Wk"],
+        v: Float[Tensor, "B T Wv"],
+        positions: Int[Tensor, "B T"] | None = None,
+    ) -> tuple[Float[Tensor, "B M Wk"], Float[Tensor, "B M Wv"], Int[Tensor, " B"] | None]:
+        """Write T records behind those of each sequence and return views of all records.
+
+        Args:
+            layer: index in [0, num_layers).
+            k: K records, as wide as the layout says, padded or not.
+            v: V records, alike.
+            positions: positions of the tokens; their place in the sequence if None. Kept only if the layout
+                says so.
+
+        Returns:
+            K records and V records up to the longest sequence, and the lengths (int32) or None if all
+            sequences are equally long.
+
+        Raises:
+            IndexError: if there is no such layer.
+            ValueError: if a shape does not fit, or the tokens do not; nothing has been written then.
+        """
+        self._check_layer(layer)
+        new = k.shape[1]
+        self._check_records("k", k, self.layout.k_numbers, self._k[layer].shape[-1], new)
+        self._check_records("v", v, self.layout.v_numbers, self._v[layer].shape[-1], new)
+        if positions is not None and positions.shape != (self.batch, new):
+            raise ValueError(f"positions must have shape {(self.batch, new)}, got {tuple(positions.shape)}")
+        used = self._used[layer] + new
+        if used > self.max_len:
+            raise ValueError(
+                f"cache of capacity {self.max_len} holds {self._used[layer]} tokens of layer {layer}: "
+                f"no room for {new} more"
+            )
+        place = self._lengths[layer][:, None] + torch.arange(new, device=self.device)  # (B, T)
+        for buffer, records in ((self._k[layer], k), (self._v[layer], v)):
+            self._write(buffer[..., : records.shape[-1]], records, place, layer)
+        if self._positions is not None:
+            self._write(self._positions[layer], place if positions is None else positions, place, layer)
+        self._lengths[layer] += new
+        self._used[layer] = used
+        lengths = self._lengths[layer].clone() if self._ragged[layer] else None
+        return self._k[layer][:, :used], self._v[layer][:, :used], lengths
+
+    def _write(self, buffer: Tensor, new: Tensor, place: Tensor, layer: int) -> None:
+        if self._ragged[layer]:
+            rows = torch.arange(self.batch, device=self.device)[:, None]
+            buffer[rows, place] = new.to(buffer.device, buffer.dtype)
+        else:
+            used = self._used[layer]
+            buffer[:, used : used + new.shape[1]] = new
+
+    def reset(self) -> None:
+        """Forget every token; the buffers stay."""
+        self._lengths.zero_()
+        self._used = [0] * self.layout.num_layers
+        self._ragged = [False] * self.layout.num_layers
+        self._last_hidden = [None] * self.layout.num_layers
+
+    def crop(self, n: int | Int[Tensor, " B"]) -> None:
+        """Keep the first `n` tokens of each sequence; a tensor (batch,) of lengths makes the batch ragged.
+
+        Reading a tensor waits for the device once.
+
+        Raises:
+            ValueError: if a length is negative or the shape is wrong, or if a last hidden state is kept
+                (`kv_shift`) and tokens would go: the one before them is not known.
+        """
+        limits = torch.as_tensor(n, device=self.device)
+        if limits.shape not in ((), (self.batch,)) or limits.is_floating_point():
+            raise ValueError(f"n must be an int or an integer tensor of shape ({self.batch},), got {n!r}")
+        lengths = torch.minimum(self._lengths, limits.to(torch.int32))
+        host = lengths.tolist()
+        if any(length < 0 for row in host for length in row):
+            raise ValueError(f"n must be >= 0, got {n!r}")
+        if any(h is not None for h in self._last_hidden) and not torch.equal(lengths, self._lengths):
+            raise ValueError(
+                "crop cannot go back under kv_shift: the cache keeps the last hidden state alone, "
+                f"got n={n!r} below the {max(self._used)} stored tokens"
+            )
+        self._set_lengths(lengths, host)
+
+    def _set_lengths(self, lengths: Tensor, host: list[list[int]]) -> None:
+        self._lengths.copy_(lengths)
+        self._used = [max(row) for row in host]
+        self._ragged = [min(row) != max(row) for row in host]
+
+    def reorder(self, beam_idx: Int[Tensor, " B"]) -> None:
+        """Sequence i becomes what sequence `beam_idx[i]` was.
+
+        Raises:
+            ValueError: if there is not one integer index per sequence.
+        """
+        if beam_idx.shape != (self.batch,) or beam_idx.is_floating_point():
+            raise ValueError(
+                f"beam_idx must hold {self.batch} integers, got {beam_idx.dtype} of shape "
+                f"{tuple(beam_idx.shape)}"
+            )
+        index = beam_idx.to(self.device)
+        buffers = [*self._k, *self._v, *(self._positions or [])]
+        for layer, buffer in enumerate(buffers):
+            stored = buffer[:, : self._used[layer % self.layout.num_layers]]
+            stored.copy_(stored.index_select(0, index))
+        self._lengths.copy_(self._lengths.index_select(1, index))
+        self._last_hidden = [None if h is None else h.index_select(0, index) for h in self._last_hidden]
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Move the buffers and return the cache itself; another `dtype` re-lays the records.
+
+        Raises:
+            TypeError: if `dtype` is not floating.
+        """
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating type, got {dtype}")
+        state = self.state_dict()
+        target = self.device if device is None else torch.device(device)
+        self._allocate(target, self.dtype if dtype is None else dtype)
+        self.load_state_dict(state)
+        return self
+
+    # ----------------------------------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of the stored records without padding, lengths, positions and last hidden states."""
+        state = {"lengths": self._lengths.clone()}
+        for layer, used in enumerate(self._used):
+            state[f"k.{layer}"] = self._k[layer][:, :used, : self.layout.k_numbers].clone()
+            state[f"v.{layer}"] = self._v[layer][:, :used, : self.layout.v_numbers].clone()
+            if self._positions is not None:
+                state[f"positions.{layer}"] = self._positions[layer][:, :used].clone()
+            hidden = self._last_hidden[layer]
+            if hidden is not None:
+                state[f"last_hidden.{layer}"] = hidden.clone()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over stored tokens; capacity, device and dtype stay those of this cache.
+
+        Raises:
+            KeyError: if an entry is missing.
+            ValueError: if a shape does not fit the layout, the batch or the capacity; nothing changes then.
+        """
+        lengths = state["lengths"]
+        layers = range(self.layout.num_layers)
+        if lengths.shape != self._lengths.shape:
+            raise ValueError(
+                f"lengths must have shape {tuple(self._lengths.shape)}, got {tuple(lengths.shape)}"
+            )
+        host = lengths.tolist()
+        used = [max(row) for row in host]
+        if max(used) > self.max_len:
+            raise ValueError(f"capacity must be >= the {max(used)} stored tokens, got {self.max_len}")
+        names = ["k", "v", *(["positions"] if self._positions is not None else [])]
+        for name in names:
+            numbers = {"k": (self.layout.k_numbers,), "v": (self.layout.v_numbers,)}.get(name, ())
+            for layer in layers:
+                expected, got = (self.batch, used[layer], *numbers), tuple(state[f"{name}.{layer}"].shape)
+                if got != expected:
+                    raise ValueError(f"{name}.{layer} must have shape {expected}, got {got}")
+        for layer in layers:
+            self._k[layer][:, : used[layer], : self.layout.k_numbers] = state[f"k.{layer}"]
+            self._v[layer][:, : used[layer], : self.layout.v_numbers] = state[f"v.{layer}"]
+            if self._positions is not None:
+                self._positions[layer][:, : used[layer]] = state[f"positions.{layer}"]
+            hidden = state.get(f"last_hidden.{layer}")
+            self._last_hidden[layer] = None if hidden is None else hidden.to(self.device, copy=True)
+        self._set_lengths(lengths, host)
+
+    # ---------------------------------------------------------------------------------------------- checks
+
+    def _check_layer(self, layer: int) -> None:
+        if not 0 <= layer < self.layout.num_layers:
+            raise IndexError(f"layer must be in [0, {self.layout.num_layers}), got {layer!r}")
+
+    def _check_records(self, name: str, records: Tensor, numbers: int, width: int, new: int) -> None:
+        fits = records.dim() == 3 and records.shape[:2] == (self.batch, new)
+        if not fits or not numbers <= records.shape[2] <= width:
+            raise ValueError(
+                f"{name} must have shape (batch, tokens, width) = ({self.batch}, {new}, {numbers}..{width}), "
+                f"got {tuple(records.shape)}"
+            )
