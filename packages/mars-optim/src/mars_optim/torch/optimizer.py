@@ -100,8 +100,8 @@ class MARS(Bucketing, ExactForm, torch.optim.Optimizer):
         fused: True does the elementwise part of a step in one pass: by C++ kernels on the CPU, compiled at
             the first step on this machine (seconds, needs a C++ compiler), by Triton kernels on CUDA. Where
             they are not available a warning says why and lists are used. None, like False, never uses them:
-            nobody should wait for a compiler unasked, and the CUDA kernels have not been measured yet. Sharded
-            parameters are stepped by lists whatever foreach and fused say.
+            nobody should wait for a compiler unasked, and the CUDA kernels have not been measured yet.
+            Sharded parameters are stepped by lists whatever foreach and fused say.
         capturable: keep the step counters on the device and read nothing back, so that a CUDA graph can hold
             the step. Take a step before capturing. A tensor lr or beta1 on the device is read again at each
             replay; on the CPU it is fixed at capture. Orthogonalised types need "newton_schulz".
@@ -281,7 +281,8 @@ class MARS(Bucketing, ExactForm, torch.optim.Optimizer):
         for group in self.param_groups:
             self._warn_of_gamma(group)
             self._check_gradients(group)
-        self._last_ratios = None if self._last_ratios is None else []
+        if self._last_ratios is not None:
+            self._last_ratios.clear()
         buckets = [bucket for group in self.param_groups for bucket in self._buckets(group)]
         squares = squares_of_shards(buckets)
         norms = global_norms(buckets, squares)

@@ -226,14 +226,15 @@ def _itself(value: float | Tensor) -> float | Tensor:
 
 
 def _check_number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a Python number, got {value!r}")
     return value
 
 
 def _check_betas(name: str, betas: object, *, read: bool = False) -> None:
     """Raise unless the betas are in range; a beta1 that is a tensor is looked at only if it may be read."""
-    if not isinstance(betas, tuple | list) or len(betas) != 2:
+    # tuples of types here and below, because torch.compile of torch 2.8 cannot trace their unions
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"{name} must be a pair (beta1, beta2), got {betas!r}")
     for index, beta in enumerate(betas):
         if isinstance(beta, Tensor) and index == 0 and name == "betas":
