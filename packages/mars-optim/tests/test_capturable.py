@@ -183,17 +183,19 @@ def compare_compiled(_rank, _size, cases):
 
 
 def count_compilations(_rank, _size):
-    """Graphs compiled while a tensor lr is scheduled, and the parameters beside the eager ones."""
+    """Graphs compiled before each step while a tensor lr is scheduled, and both kinds of results."""
 
     def schedule(optimizer, t):
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
         optimizer.param_groups[0]["lr"].fill_(0.02 / (1 + t))
 
     results = []
     for stepper in (eagerly, compiled):
         torch._dynamo.utils.counters.clear()
-        values, _ = trajectory({"lr": torch.tensor(0.02)}, stepper, steps=5, schedule=schedule)
+        graphs = []
+        values, _ = trajectory({"lr": torch.tensor(0.02)}, stepper, steps=6, schedule=schedule)
         results.append(values)
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"], *results
+    return graphs, *results
 
 
 def alternate(_rank, _size):
@@ -241,16 +243,19 @@ def test_every_option_compiles_without_graph_break(run_distributed):
     assert run_distributed(compare_compiled, 1, list(COMPILED), timeout=600) == [[]]
 
 
-def test_a_compiled_step_is_compiled_once_while_a_tensor_lr_is_scheduled(run_distributed):
+def test_scheduling_a_tensor_lr_compiles_nothing_again(run_distributed):
     ((graphs, actual, expected),) = run_distributed(count_compilations, 1, timeout=150)
-    assert graphs == 1
+    # older torch compiles the second step anew, since the first one brought the state
+    assert 0 == graphs[0] < graphs[2] == graphs[-1]
     assert_close(actual, expected)
 
 
+@pytest.mark.slow  # a process of its own, and seconds of tracing
 def test_compiled_and_eager_steps_can_follow_each_other(run_distributed):
     assert_close(*run_distributed(alternate, 1, timeout=150)[0])
 
 
+@pytest.mark.slow  # a process of its own, and seconds of tracing
 def test_an_optimizer_that_was_compiled_can_be_copied(run_distributed):
     assert run_distributed(copy_compiled, 1, timeout=150) == [True]
 

@@ -58,10 +58,15 @@ def one_of(name: str, value: object, accepted: Sequence[object]) -> None:
 
 def positive_int(name: str, value: object) -> None:
     """Raise TypeError unless the value is an int (no bool), ValueError unless it is at least 1."""
+    whole_number(name, value, least=1)
+
+
+def whole_number(name: str, value: object, *, least: int = 0) -> None:
+    """Raise TypeError unless the value is an int (no bool), ValueError unless it is at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be >= 1, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be >= {least}, got {value!r}")
 
 
 def real_above(name: str, value: object, bound: float) -> None:
