@@ -156,10 +156,12 @@ class FactorCache:
 
     @property
     def device(self) -> torch.device:
+        """Where the buffers live."""
         return self._lengths.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Type of the records."""
         return self._k[0].dtype
 
     @property
