@@ -307,8 +307,8 @@ def preset(name: str, mechanism: str = "tpa", *, recipe: str = "config") -> Mode
 class TrainingRecipe:
     """How a size was trained: AdamW with linear warm-up and a cosine to `min_lr`, on FineWeb-Edu-100B.
 
-    Tokens are those of GPT-2's BPE. Weight decay acts on all parameters. A step sees micro_batch * accumulation
-    * gpus sequences.
+    Tokens are those of GPT-2's BPE. Weight decay acts on all parameters. A step sees
+    micro_batch * accumulation * gpus sequences.
     """
 
     lr: float
