@@ -76,9 +76,21 @@ class FactorMap(nn.Module):
             flat = linear if self.bias is None else linear + self.bias
         return flat.unflatten(-1, (self.rank, sum(self.widths)))
 
+    @torch.no_grad()
+    def set_constant(self, rows: Float[Tensor, "R n"]) -> None:
+        """Write what does not depend on the token, F of F(x) = F + W x.
+
+        Raises:
+            ValueError: if the map has no bias or the shape is not (R, sum(widths)).
+        """
+        expected = (self.rank, sum(self.widths))
+        if tuple(rows.shape) != expected:
+            raise ValueError(f"rows must have shape {expected}, got {tuple(rows.shape)}")
+        self._bias().copy_(rows.flatten())
+
     def _bias(self) -> Tensor:
         if self.bias is None:
-            raise ValueError("a contextual map needs the product W x, got None")
+            raise ValueError("the map must have a bias to be used without W x; it has a weight alone")
         return self.bias
 
     def extra_repr(self) -> str:

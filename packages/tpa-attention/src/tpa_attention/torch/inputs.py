@@ -11,16 +11,30 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .cache import LayerCache
+from .arguments import check_boundaries
+from .masks import packed_places
 
 
 def check_input(
-    x: Tensor, d_model: int, position_ids: Tensor | None, cache: LayerCache | None, cu_seqlens: Tensor | None
+    x: Tensor,
+    d_model: int,
+    position_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    past: int | Int[Tensor, " B"] | None,
+    cu_seqlens: Tensor | None,
 ) -> None:
-    """Rules that all attention layers share for what `forward` is given.
+    """Rules that all attention layers share for what `forward` is given, checked before a cache changes.
+
+    Args:
+        x: hidden states.
+        d_model: their width.
+        position_ids: the caller's positions.
+        attention_mask: the caller's mask; against a cache of unequal lengths its size is known only later.
+        past: tokens in the cache; None without a cache.
+        cu_seqlens: boundaries of packed sequences.
 
     Raises:
-        TypeError: if the positions are no integers.
+        TypeError: if positions or boundaries are no integers, or a mask (B, M) is floating.
         ValueError: if a shape does not fit, or packed sequences come with a cache or in a larger batch.
     """
     if x.ndim != 3 or x.shape[-1] != d_model:
@@ -33,10 +47,11 @@ def check_input(
             raise ValueError(
                 f"position_ids must have shape ({new},) or ({batch}, {new}), got {tuple(position_ids.shape)}"
             )
-    if cu_seqlens is not None and cache is not None:
+    if cu_seqlens is not None and past is not None:
         raise ValueError("cu_seqlens must be None with a cache: cached sequences are rows of the batch")
-    if cu_seqlens is not None and batch != 1:
-        raise ValueError(f"cu_seqlens needs the sequences packed in a batch of 1, got a batch of {batch}")
+    check_boundaries(cu_seqlens, cu_seqlens, batch, new, new)
+    if past is None or isinstance(past, int):
+        key_mask(attention_mask, batch, new, (past or 0) + new)
 
 
 def key_mask(attention_mask: Tensor | None, batch: int, new: int, keys: int) -> Tensor | None:
@@ -62,12 +77,6 @@ def key_mask(attention_mask: Tensor | None, batch: int, new: int, keys: int) -> 
     )
 
 
-def length_mask(seq_lens: Int[Tensor, " B"], new: int, keys: int) -> Bool[Tensor, "B 1 T M"]:
-    """Causal visibility when sequences are unequally long or the buffer is longer than all of them."""
-    last = seq_lens[:, None] - new + torch.arange(new, device=seq_lens.device)  # (B, T)
-    return (torch.arange(keys, device=seq_lens.device) <= last[..., None])[:, None]
-
-
 def combine(mask: Tensor | None, visible: Bool[Tensor, "B 1 T M"]) -> Tensor:
     """Both at once: boolean masks are intersected, a bias is -inf where nothing is visible."""
     if mask is None:
@@ -85,7 +94,7 @@ def as_bias(mask: Tensor | None, dtype: torch.dtype) -> Float[Tensor, "..."] | N
 
 
 def new_positions(
-    past: int | Int[Tensor, " B"],
+    past: int | Int[Tensor, " B"] | None,
     batch: int,
     new: int,
     device: torch.device,
@@ -95,9 +104,8 @@ def new_positions(
     steps = torch.arange(new, device=device)
     if cu_seqlens is not None:
         boundaries = cu_seqlens.to(device)
-        sequence = torch.searchsorted(boundaries[1:].contiguous(), steps, right=True)
-        sequence = sequence.clamp(max=boundaries.shape[0] - 2)
+        sequence, _ = packed_places(boundaries, new)
         return (steps - boundaries[sequence]).expand(batch, new)
-    if isinstance(past, int):
-        return (past + steps).expand(batch, new)
+    if past is None or isinstance(past, int):
+        return ((past or 0) + steps).expand(batch, new)
     return past[:, None] + steps

@@ -3,7 +3,7 @@
     x'_t = mu * x_t + (1 - mu) * x_{t-1},   mu in R^d learned, initially 1,   x_{-1} = 0
 
 The shift acts before the factor maps, so cached factors keep their rank and the cache only adds the last
-hidden state of each sequence. The paper names the idea in its introduction without a formula; this one is ours.
+hidden state of each sequence. The paper names the idea in its introduction without a formula; this is ours.
 """
 
 import torch

@@ -27,6 +27,7 @@ from .factor_maps import FactorMap, init_a, init_b, init_linear, project
 from .factors import RecordLayout, TPAFactors, kronecker_rows
 from .functional import tpa_attention, tpa_decode, tpa_decode_factors
 from .kv_shift import KVShift, zero_padding
+from .masks import ragged_mask
 from .rope import rope as apply_rope
 
 NORM_EPS = 1e-5
@@ -203,9 +204,9 @@ class TPAttention(nn.Module):
             ValueError: if a shape does not fit, packed sequences meet a cache, or the cache has no room (it
                 is unchanged then).
         """
-        inputs.check_input(x, self.d_model, position_ids, cache, cu_seqlens)
+        past = None if cache is None else cache.past_length(layer_idx)
+        inputs.check_input(x, self.d_model, position_ids, attention_mask, past, cu_seqlens)
         batch, new, _ = x.shape
-        past = 0 if cache is None else cache.past_length(layer_idx)
         counted = inputs.new_positions(past, batch, new, x.device, cu_seqlens)
         positions = counted if position_ids is None else position_ids.expand(batch, new)
         source = hidden = x
@@ -230,9 +231,9 @@ class TPAttention(nn.Module):
 
         Under `kv_shift` the token before the first counts as 0.
         """
-        inputs.check_input(x, self.d_model, position_ids, None, None)
+        inputs.check_input(x, self.d_model, position_ids, None, None, None)
         batch, new, _ = x.shape
-        counted = inputs.new_positions(0, batch, new, x.device)
+        counted = inputs.new_positions(None, batch, new, x.device)
         positions = counted if position_ids is None else position_ids.expand(batch, new)
         raw = self._project(x, x if self.shift is None else self.shift(x, x))
         bq = self._expand(self._rotate(raw.bq, positions, full=self.kv_only), full=self.kv_only)
@@ -295,7 +296,7 @@ class TPAttention(nn.Module):
             heads = tpa_decode_factors(aq, bq, *kv, attn_bias=bias, rank_scale=self.rank_scale, **decode)
             return heads.to(raw.bq.dtype)
         if seq_lens is not None:
-            mask = inputs.combine(mask, inputs.length_mask(seq_lens, new, keys))
+            mask = inputs.combine(mask, ragged_mask(new, keys, seq_lens))
         heads = tpa_attention(
             *(aq, bq, *kv),
             causal=seq_lens is None,
