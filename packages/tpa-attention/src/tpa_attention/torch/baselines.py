@@ -23,9 +23,10 @@ from tpa_attention.config import IMPLS, INITS, RopeConfig
 from . import inputs
 from .cache import CacheLayout, LayerCache
 from .factor_maps import init_linear
-from .layers import MAX_DECODE_TOKENS, NORM_EPS, TPAttention
+from .layers import MAX_DECODE_TOKENS, TPAttention
 from .masks import packed_places, ragged_mask
 from .rope import rope as apply_rope
+from .rows import NORM_EPS, rms_norm
 from .sdpa import without_dead_rows
 
 
@@ -149,7 +150,9 @@ class GQA(nn.Module):
         if layer.a_q is not None:
             layer.a_q.set_constant(h * torch.eye(h, device=weight.device, dtype=weight.dtype))
         for target, source in ((layer.b_q, self.q), (layer.b_k, self.k), (layer.b_v, self.v)):
-            target.weight.copy_(source.weight)
+            if target is None:  # only where V shares K's rows
+                continue
+            target.matrix.copy_(source.weight)
         layer.o.weight.copy_(weight)
         return layer
 
@@ -306,11 +309,11 @@ class MLA(nn.Module):
             if position_ids is None
             else position_ids.expand(batch, new)
         )
-        c_q = self.q_norm(self.q_down(x))
+        c_q = rms_norm(self.q_down(x), self.q_norm.weight)
         q_content = self.q_up(c_q).unflatten(-1, (self.num_heads, self.head_dim))
         q_rope = apply_rope(self.q_rope(c_q).unflatten(-1, (self.num_heads, -1)), positions, self.rope)
         k_rope = apply_rope(self.k_rope(x)[:, :, None], positions, self.rope)[:, :, 0]
-        latent = self.kv_norm(self.kv_down(x))
+        latent = rms_norm(self.kv_down(x), self.kv_norm.weight)
         seq_lens = None
         if cache is not None:
             k_rope, latent, seq_lens = cache.append(layer_idx, k_rope, latent, positions)

@@ -66,15 +66,26 @@ class FactorMap(nn.Module):
 
     def forward(self, x: Float[Tensor, "B T d"]) -> Float[Tensor, "#B #T R n"]:
         """Rows of every token; a non-contextual map returns its (1, 1, R, n) parameters."""
-        return self.rows(None if self.weight is None else functional.linear(x, self.weight))
+        return project([self], x, fused=False)[0]
 
     def rows(self, linear: Float[Tensor, "B T Rn"] | None) -> Float[Tensor, "#B #T R n"]:
         """Rows from the product W x, None for a non-contextual map."""
         if linear is None:
             flat = self._bias().view(1, 1, -1)
         else:
-            flat = linear if self.bias is None else linear + self.bias
+            flat = linear if self.bias is None else linear + self.bias.to(linear.dtype)
         return flat.unflatten(-1, (self.rank, sum(self.widths)))
+
+    @property
+    def matrix(self) -> Float[Tensor, "Rn d"]:
+        """The weight W.
+
+        Raises:
+            ValueError: if the map is non-contextual and has none.
+        """
+        if self.weight is None:
+            raise ValueError("the map must be contextual to have a weight; it is its bias")
+        return self.weight
 
     @torch.no_grad()
     def set_constant(self, rows: Float[Tensor, "R n"]) -> None:
@@ -109,11 +120,17 @@ def project(
     The weights are joined for the product and stay separate parameters, so names, checkpoints, sharding and
     optimizers see six small matrices; the copy costs as much as reading the weights once.
     """
-    weights = [m.weight for m in maps if m.weight is not None]
-    if not fused or len(weights) < 2:
-        return [m(x) for m in maps]
-    products = iter(functional.linear(x, torch.cat(weights)).split([w.shape[0] for w in weights], dim=-1))
-    return [m.rows(next(products) if m.contextual else None) for m in maps]
+    contextual = [m for m in maps if m.contextual]
+    if not contextual:
+        return [m.rows(None) for m in maps]
+    if fused and len(contextual) > 1:
+        joined = functional.linear(x, torch.cat([m.matrix for m in contextual]))
+        products = list(joined.split([m.matrix.shape[0] for m in contextual], dim=-1))
+    else:
+        products = [functional.linear(x, m.matrix) for m in contextual]
+    dtype = products[0].dtype  # autocast: parameters that pass no product follow
+    rows = iter(products)
+    return [m.rows(next(rows)) if m.contextual else m.rows(None).to(dtype) for m in maps]
 
 
 # ----------------------------------------------------------------------------------------- initial values

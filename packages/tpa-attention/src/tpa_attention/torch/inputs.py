@@ -8,7 +8,7 @@ The caller's mask is (B, M) with 1 = valid key, or (B, 1 or H, T, M), boolean or
 """
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from .arguments import check_boundaries
@@ -84,13 +84,6 @@ def combine(mask: Tensor | None, visible: Bool[Tensor, "B 1 T M"]) -> Tensor:
     if mask.dtype == torch.bool:
         return mask & visible
     return mask.masked_fill(~visible, float("-inf"))
-
-
-def as_bias(mask: Tensor | None, dtype: torch.dtype) -> Float[Tensor, "..."] | None:
-    """A boolean mask as 0 and -inf; a bias as it is."""
-    if mask is None or mask.dtype != torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, float("-inf"))
 
 
 def new_positions(

@@ -12,11 +12,11 @@ Source: Zhang et al. 2025 (arXiv 2501.06425), Sections 3 and 4, Appendices C and
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional
 
 from tpa_attention import _checks
 from tpa_attention.config import HEAD_ACTIVATIONS, IMPLS, INITS, RopeConfig
@@ -24,13 +24,12 @@ from tpa_attention.config import HEAD_ACTIVATIONS, IMPLS, INITS, RopeConfig
 from . import inputs
 from .cache import CacheLayout, LayerCache
 from .factor_maps import FactorMap, init_a, init_b, init_linear, project
-from .factors import RecordLayout, TPAFactors, kronecker_rows
+from .factors import RecordLayout, TPAFactors
 from .functional import tpa_attention, tpa_decode, tpa_decode_factors
 from .kv_shift import KVShift, zero_padding
 from .masks import ragged_mask
-from .rope import rope as apply_rope
+from .rows import NORM_EPS, activate, expand, norm_parts, rms_norm, rotate_blocks, rotate_first
 
-NORM_EPS = 1e-5
 MAX_DECODE_TOKENS = 16  # more new tokens against a cache are prefill
 
 
@@ -156,7 +155,7 @@ class TPAttention(nn.Module):
             if a is not None:
                 init_a(a, self.init, generator)
         if self.kv_only:
-            init_linear(self.b_q.weight, self.init, generator)
+            init_linear(self.b_q.matrix, self.init, generator)
         for b in (None if self.kv_only else self.b_q, self.b_k, self.b_v):
             if b is not None:
                 init_b(b, self.init, generator)
@@ -215,7 +214,7 @@ class TPAttention(nn.Module):
             before = None if cache is None else cache.last_hidden(layer_idx)
             source = self.shift(x, hidden, before, None if cu_seqlens is None else counted == 0)
         raw = self._project(x, source)
-        bq = self._expand(self._rotate(raw.bq, positions, full=self.kv_only), full=self.kv_only)
+        bq = self._queries(raw.bq, positions)
         if cache is None:
             heads = self._attend_new(raw, bq, positions, attention_mask, cu_seqlens)
         else:
@@ -236,8 +235,8 @@ class TPAttention(nn.Module):
         counted = inputs.new_positions(None, batch, new, x.device)
         positions = counted if position_ids is None else position_ids.expand(batch, new)
         raw = self._project(x, x if self.shift is None else self.shift(x, x))
-        bq = self._expand(self._rotate(raw.bq, positions, full=self.kv_only), full=self.kv_only)
-        return self._complete(raw, bq, self._rotate(raw.bk, positions), batch, new)
+        bq = self._queries(raw.bq, positions)
+        return self._complete(raw, bq, self._rotated(raw.bk, positions), batch, new)
 
     def _attend_new(
         self,
@@ -248,16 +247,15 @@ class TPAttention(nn.Module):
         cu_seqlens: Tensor | None,
     ) -> Float[Tensor, "B T H E"]:
         batch, new = positions.shape
-        factors = self._complete(raw, bq, self._rotate(raw.bk, positions), batch, new)
-        return tpa_attention(
-            *factors,
+        heads = tpa_attention(
+            *self._complete(raw, bq, self._rotated(raw.bk, positions), batch, new),
             attn_mask=inputs.key_mask(attention_mask, batch, new, new),
             cu_seqlens_q=cu_seqlens,
             cu_seqlens_k=cu_seqlens,
-            scale=self.head_dim**-0.5,
             rank_scale=self.rank_scale,
             impl=self.impl,
         )
+        return cast(Tensor, heads)
 
     def _attend_cached(
         self,
@@ -276,7 +274,7 @@ class TPAttention(nn.Module):
         mask = inputs.key_mask(attention_mask, batch, new, keys)
         aq = None if raw.aq is None else raw.aq.expand(batch, new, -1, -1).to(k.dtype)
         bq = bq.expand(batch, new, -1, -1).to(k.dtype)
-        decode = {"seq_lens": seq_lens, "scale": self.head_dim**-0.5, "impl": self._decode_impl}
+        options = {"rank_scale": self.rank_scale, "impl": self.impl}
         if new <= MAX_DECODE_TOKENS and self._decodes_records:
             heads = tpa_decode(
                 *(aq, bq, k, v),
@@ -284,28 +282,19 @@ class TPAttention(nn.Module):
                 num_heads=self.num_heads,
                 head_dim=self.head_dim,
                 v_head_dim=self.v_head_dim,
-                attn_bias=inputs.as_bias(mask, bq.dtype),
-                rank_scale=self.rank_scale,
-                **decode,
+                seq_lens=seq_lens,
+                attn_bias=mask,
+                **options,
             )
-            return heads.to(raw.bq.dtype)
-        key_positions = self._key_positions(cache, layer_idx, keys, positions, counted)
-        kv = self._unpack(k, v, key_positions)
+            return cast(Tensor, heads).to(raw.bq.dtype)
+        kv = self._unpack(k, v, self._key_positions(cache, layer_idx, keys, positions, counted))
         if new <= MAX_DECODE_TOKENS:
-            bias = inputs.as_bias(mask, bq.dtype)
-            heads = tpa_decode_factors(aq, bq, *kv, attn_bias=bias, rank_scale=self.rank_scale, **decode)
-            return heads.to(raw.bq.dtype)
-        if seq_lens is not None:
-            mask = inputs.combine(mask, ragged_mask(new, keys, seq_lens))
-        heads = tpa_attention(
-            *(aq, bq, *kv),
-            causal=seq_lens is None,
-            attn_mask=mask,
-            scale=self.head_dim**-0.5,
-            rank_scale=self.rank_scale,
-            impl=self.impl,
-        )
-        return heads.to(raw.bq.dtype)
+            heads = tpa_decode_factors(aq, bq, *kv, seq_lens=seq_lens, attn_bias=mask, **options)
+        else:
+            if seq_lens is not None:
+                mask = inputs.combine(mask, ragged_mask(new, keys, seq_lens))
+            heads = tpa_attention(aq, bq, *kv, causal=seq_lens is None, attn_mask=mask, **options)
+        return cast(Tensor, heads).to(raw.bq.dtype)
 
     # ------------------------------------------------------------------------------ hidden state to factors
 
@@ -317,58 +306,32 @@ class TPAttention(nn.Module):
             rows = project([*q_maps, *kv_maps], x, fused=self.fused_proj)
         else:
             rows = project(q_maps, x, fused=self.fused_proj) + project(kv_maps, source, fused=self.fused_proj)
-        if self.a_q is None:
-            bq, ak, bk, av, *bv = rows
-            aq = None
-        else:
-            aq, bq, ak, bk, av, *bv = rows
-            aq = self._activate(aq)
-        bk = self._norm_rows(bk)
-        return TPAFactors(
-            aq,
-            self._norm_rows(bq, full=self.kv_only),
-            self._activate(ak),
-            bk,
-            self._activate(av),
-            bv[0] if bv else bk,
-        )
+        aq = None if self.a_q is None else activate(rows.pop(0), self.head_activation)
+        bq, ak, bk, av, *bv = rows
+        if self.factor_norm:
+            bq, bk = norm_parts(bq, self.b_q.widths), norm_parts(bk, self.b_k.widths)
+        ak, av = activate(ak, self.head_activation), activate(av, self.head_activation)
+        return TPAFactors(aq, bq, ak, bk, av, bv[0] if bv else bk)
 
-    def _activate(self, a: Tensor) -> Tensor:
-        if self.head_activation == "sigmoid":
-            return a.sigmoid()
-        return a.softmax(dim=-1) if self.head_activation == "softmax" else a
+    def _queries(self, bq: Float[Tensor, "#B #T R n"], positions: Tensor) -> Float[Tensor, "B T R D"]:
+        """B_Q, or Q itself under KV-only, rotated and expanded."""
+        first = self.b_k.widths[0]
+        if self.kv_only:
+            return rotate_blocks(bq, positions, self.rope, first)
+        return expand(rotate_first(bq, positions, self.rope, first), self.b_q.widths)
 
-    def _norm_rows(self, b: Tensor, full: bool = False) -> Tensor:
-        """RMSNorm of each part: the RMS of a Kronecker product is the product of the RMSs."""
-        if not self.factor_norm:
-            return b
-        if self.factor_dims is None or full:
-            return functional.rms_norm(b, (b.shape[-1],), eps=NORM_EPS)
-        parts = b.split(self.factor_dims, dim=-1)
-        return torch.cat(
-            [functional.rms_norm(part, (part.shape[-1],), eps=NORM_EPS) for part in parts], dim=-1
-        )
-
-    def _rotate(self, b: Tensor, positions: Tensor, full: bool = False) -> Tensor:
-        """Theorem C.1: the first part alone turns; in a full Q that is every block of its width."""
-        if self.factor_dims is None:
-            return apply_rope(b, positions, self.rope)
-        first = self.factor_dims[0]
-        if full:
-            blocks = b.unflatten(-1, (-1, first)).flatten(2, 3)
-            return apply_rope(blocks, positions, self.rope).view(b.shape)
-        turned = apply_rope(b[..., :first], positions, self.rope)
-        return torch.cat([turned, b[..., first:].expand(*turned.shape[:-1], -1)], dim=-1)
-
-    def _expand(self, b: Tensor, full: bool = False) -> Tensor:
-        if self.factor_dims is None or full:
-            return b
-        return kronecker_rows(b.split(self.factor_dims, dim=-1))
+    def _rotated(self, bk: Float[Tensor, "#B #T R n"], positions: Tensor) -> Float[Tensor, "B T R n"]:
+        return rotate_first(bk, positions, self.rope, self.b_k.widths[0])
 
     def _complete(self, raw: TPAFactors, bq: Tensor, bk: Tensor, batch: int, new: int) -> TPAFactors:
         """All factors for every token; what does not depend on the token is broadcast without a copy."""
-        filled = (raw.aq, bq, raw.ak, self._expand(bk), raw.av, self._expand(raw.bv))
-        return TPAFactors(*(None if f is None else f.expand(batch, new, -1, -1) for f in filled))
+        aq = None if raw.aq is None else raw.aq.expand(batch, new, -1, -1)
+        bk, bv = expand(bk, self.b_k.widths), expand(raw.bv, self._v_widths)
+        return TPAFactors(aq, bq, *(f.expand(batch, new, -1, -1) for f in (raw.ak, bk, raw.av, bv)))
+
+    @property
+    def _v_widths(self) -> tuple[int, ...]:
+        return self.b_k.widths if self.b_v is None else self.b_v.widths
 
     # --------------------------------------------------------------------------------------------- records
 
@@ -378,15 +341,11 @@ class TPAttention(nn.Module):
         complete = all(part for r in (self.k_record, self.v_record) for part in (r.has_a, r.has_b))
         return complete and not self.rotate_on_load and self.factor_dims is None
 
-    @property
-    def _decode_impl(self) -> str:
-        return "auto" if self.impl == "flex" else self.impl  # FlexAttention does not decode from factors
-
     def _pack(self, raw: TPAFactors, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Records of the new tokens; keys enter rotated unless they are rotated on load."""
         bk = raw.bk
         if self.k_record.has_b and not self.rotate_on_load:
-            bk = self._rotate(bk, positions)
+            bk = self._rotated(bk, positions)
         return _packed(self.k_record, raw.ak, bk), _packed(self.v_record, raw.av, raw.bv)
 
     def _unpack(
@@ -395,16 +354,18 @@ class TPAttention(nn.Module):
         """A_K, B_K (rotated), A_V, B_V of every cached token, rows expanded."""
         ak, bk = self.k_record.views(k)
         av, bv = self.v_record.views(v)
-        ak = self._activate(self.a_k.rows(None)).to(k.dtype) if ak is None else ak
-        av = self._activate(self.a_v.rows(None)).to(k.dtype) if av is None else av
-        bk = self._norm_rows(self.b_k.rows(None)).to(k.dtype) if bk is None else bk
+        ak = activate(self.a_k.rows(None), self.head_activation).to(k.dtype) if ak is None else ak
+        av = activate(self.a_v.rows(None), self.head_activation).to(k.dtype) if av is None else av
+        if bk is None:
+            free = self.b_k.rows(None)
+            bk = (norm_parts(free, self.b_k.widths) if self.factor_norm else free).to(k.dtype)
         if bv is None:
             bv = bk if self.b_v is None else self.b_v.rows(None).to(k.dtype)
         if key_positions is not None:
-            bk = self._rotate(bk, key_positions)
+            bk = self._rotated(bk, key_positions)
         shape = (*k.shape[:2], -1, -1)
-        parts = (ak, self._expand(bk), av, self._expand(bv))
-        return tuple(part.expand(shape) for part in parts)  # pyright: ignore[reportReturnType]
+        bk, bv = expand(bk, self.b_k.widths), expand(bv, self._v_widths)
+        return ak.expand(shape), bk.expand(shape), av.expand(shape), bv.expand(shape)
 
     def _key_positions(
         self, cache: LayerCache, layer_idx: int, keys: int, positions: Tensor, counted: Tensor
@@ -420,7 +381,7 @@ class TPAttention(nn.Module):
 
     def _output(self, x: Float[Tensor, "B T d"], heads: Float[Tensor, "B T H E"]) -> Float[Tensor, "B T d"]:
         if self.out_norm is not None:
-            heads = self.out_norm(heads)
+            heads = rms_norm(heads, self.out_norm.weight)
         y = heads.flatten(2)
         if self.gate is not None:
             y = y * self.gate(x).sigmoid()
