@@ -38,6 +38,11 @@ def rank_factor(a: Float[Tensor, "B T R H"] | None, rank_scale: bool = True) -> 
     return 1 / a.shape[-2] if a is not None and rank_scale else 1.0
 
 
+def logit_scale(scale: float | None, width: int) -> float:
+    """The factor of the logits: as given, or D^-0.5."""
+    return width**-0.5 if scale is None else scale
+
+
 def materialize(
     a: Float[Tensor, "#B #T R H"] | None, b: Float[Tensor, "#B #T R D"], rank_scale: bool = True
 ) -> Float[Tensor, "B T H D"]:

@@ -1,0 +1,123 @@
+"""Which implementation decodes, and how the choices that are not plain torch in blocks are called."""
+
+import importlib.util
+import os
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tpa_attention.torch import flex, reference, sdpa
+from tpa_attention.torch.factors import RecordLayout, logit_scale, rank_factor
+from tpa_attention.torch.masks import both, ragged_mask, split_mask
+
+KERNEL_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def chosen(impl: str, *tensors: Tensor | None) -> str:
+    """What "auto" decodes with: the kernel where device, types and gradients allow it, else blocks."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    device = present[0].device
+    if impl == "triton" and (reason := kernel_problem(device)):
+        raise RuntimeError(f"impl='triton' cannot run: {reason}")
+    if impl != "auto":
+        return impl
+    usable = (
+        device.type == "cuda"
+        and kernel_problem(device) is None
+        and all(tensor.dtype in KERNEL_TYPES for tensor in present)
+        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in present))
+    )
+    return "triton" if usable else "blockwise"
+
+
+def kernel_problem(device: torch.device) -> str | None:
+    """Why the kernels cannot run on this device; None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return 'triton is not installed: pip install "tpa-attention[triton]" (Linux with an NVIDIA GPU)'
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it needs CUDA tensors, got {device.type}; use impl='auto', or set TRITON_INTERPRET=1 to test"
+    return None
+
+
+def by_kernel(
+    aq: Tensor | None,
+    bq: Tensor,
+    ak: Tensor,
+    bk: Tensor,
+    av: Tensor,
+    bv: Tensor,
+    seq_lens: Tensor | None,
+    block_table: Tensor | None,
+    num_splits: int | None,
+    *,
+    attn_bias: Tensor | None,
+    window: int | None,
+    scale: float | None,
+    rank_scale: bool,
+) -> tuple[Tensor, Tensor]:
+    """The operator `tpa::decode`, which takes whole factors of logits and outputs and an expanded bias."""
+    from tpa_attention.torch import ops  # Triton is imported when it is used
+
+    factor = logit_scale(scale, bq.shape[-1]) * rank_factor(aq, rank_scale) * rank_factor(ak, rank_scale)
+    M = ak.shape[1] * (1 if block_table is None else block_table.shape[1])
+    mask, bias = split_mask(attn_bias)
+    if mask is not None:
+        bias = torch.where(mask, 0.0, -torch.inf)
+    if bias is not None:
+        bias = bias.expand(bq.shape[0], ak.shape[3], bq.shape[1], M)
+    return ops.decode(
+        *(aq, bq, ak, bk, av, bv, seq_lens, block_table, bias, window),
+        scale=factor,
+        out_scale=rank_factor(av, rank_scale),
+        num_splits=num_splits,
+    )
+
+
+def by_heads(
+    impl: str,
+    aq: Tensor | None,
+    bq: Tensor,
+    ak: Tensor,
+    bk: Tensor,
+    av: Tensor,
+    bv: Tensor,
+    *,
+    seq_lens: Tensor | None,
+    attn_bias: Tensor | None,
+    window: int | None,
+    scale: float | None,
+    rank_scale: bool,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Materialised heads: for comparison, and for a model that is to use one implementation throughout."""
+    N, M = bq.shape[1], ak.shape[1]
+    options = {"scale": scale, "rank_scale": rank_scale, "return_lse": return_lse}
+    if seq_lens is not None:
+        cached = torch.arange(M, device=bq.device) < seq_lens[:, None]
+        ak, bk, av, bv = (reference.only_where(cached, factor) for factor in (ak, bk, av, bv))
+    factors = (aq, bq, ak, bk, av, bv)
+    if impl == "flex":
+        return flex.tpa_attention(*factors, attn_mask=attn_bias, seq_lens=seq_lens, window=window, **options)
+    if seq_lens is None:
+        return sdpa.tpa_attention(*factors, attn_mask=attn_bias, window=window, **options)
+    mask, bias = split_mask(attn_bias)
+    allowed = both(ragged_mask(N, M, seq_lens, window), mask)
+    merged = allowed if bias is None else sdpa.as_bias(allowed, bias)
+    return sdpa.tpa_attention(*factors, causal=False, attn_mask=merged, **options)
+
+
+def views(
+    layouts: tuple[RecordLayout, RecordLayout], cache_k: Tensor, cache_v: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """ak, bk, av, bv inside the records."""
+    ak, bk = layouts[0].views(cache_k)
+    av, bv = layouts[1].views(cache_v)
+    if ak is None or bk is None or av is None or bv is None:
+        raise ValueError("records of tpa_decode hold both factors; pass others to tpa_decode_factors")
+    return ak, bk, av, bv
+
+
+def paged(cache: Float[Tensor, "blocks size W"], pages: Int[Tensor, "B n"]) -> Float[Tensor, "B M W"]:
+    """The tokens on these pages, one after the other; unused entries point anywhere."""
+    return cache[pages.long().clamp(0, cache.shape[0] - 1)].flatten(1, 2)
