@@ -1,0 +1,194 @@
+"""The commands that need torch and transformers: continue a text, convert a LLaMA.
+
+Models are read from and written to directories as Hugging Face keeps them; nothing is downloaded and nothing
+unpickled. A text is turned to tokens by the tokenizer in the model's directory, or, for a vocabulary of 256
+without one, is its UTF-8 bytes.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+BYTES = 256
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+def generate(
+    directory: str,
+    *,
+    prompt: str | None = None,
+    tokens: list[int] | None = None,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    use_cache: bool = True,
+) -> Iterator[str]:
+    """The prompt and its continuation, as text, or as numbers joined by commas if `tokens` were given.
+
+    Args:
+        directory: of a saved model of type "t6".
+        prompt: text, or None.
+        tokens: token numbers instead of a prompt.
+        max_new_tokens: at most so many are added.
+        temperature: 0 takes the likeliest token each time, more samples.
+        top_k: sample among so many likeliest tokens; None for all.
+        seed: of the sampling.
+        device: of torch.
+        use_cache: decode from cached factors; without, every token is computed from the whole text.
+
+    Raises:
+        ImportError: without torch or transformers.
+        ValueError: if the directory holds no T6, a token is outside of its vocabulary, the prompt is empty or
+            has no tokenizer, the temperature is negative, or the text would not fit into the context.
+    """
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be finite and >= 0, got {temperature}")
+    if temperature == 0 and top_k is not None:
+        raise ValueError(f"top_k needs a temperature > 0, got top_k {top_k}")
+    path = model_directory(directory, "t6")
+    load = auto_model()
+    import torch
+
+    model = load(path, local_files_only=True).to(device).eval()
+    tokenizer = None if tokens is not None else load_tokenizer(path, model.config.vocab_size)
+    given = tokens if tokens is not None else encode(tokenizer, prompt or "")
+    check_tokens(given, model.config.vocab_size)
+    if len(given) + max_new_tokens > model.config.max_position_embeddings:
+        raise ValueError(
+            f"prompt and max_new_tokens must fit into the context of {model.config.max_position_embeddings}, "
+            f"got {len(given)} and {max_new_tokens}"
+        )
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0, "top_p": 1.0}
+    ids = torch.tensor([given], device=device)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)  # transformers samples from the global generator
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            use_cache=use_cache,
+            **sampling,
+        )
+    found = out[0].tolist()
+    yield ",".join(map(str, found)) if tokens is not None else decode(tokenizer, found)
+
+
+def convert(
+    directory: str, output: str, *, k_rank: int | None = None, v_rank: int | None = None
+) -> Iterator[str]:
+    """Write a LLaMA as a T6 with free head factors; say what was lost per layer.
+
+    Args:
+        directory: of a saved LLaMA.
+        output: directory to make; it appears only when it is complete.
+        k_rank: R_K; None for the number of KV heads, which loses nothing.
+        v_rank: R_V; likewise.
+
+    Raises:
+        ImportError: without torch, transformers or the module that converts.
+        ValueError: if the directory holds no LLaMA, the output exists, or a rank does not fit.
+    """
+    path, target = model_directory(directory, "llama"), Path(output)
+    if target.exists():
+        raise ValueError(f"output must not exist yet, got {output}")
+    load = auto_model()
+    conversion = import_module(".torch.convert", __package__)
+    llama = load(path, local_files_only=True).eval()
+    heads = llama.config.num_key_value_heads
+    model, reports = conversion.convert_hf_llama(
+        llama, k_rank=heads if k_rank is None else k_rank, v_rank=heads if v_rank is None else v_rank
+    )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as beside:
+        whole = Path(beside) / "model"
+        model.save_pretrained(whole)
+        for name in TOKENIZER_FILES:
+            if (path / name).is_file():
+                shutil.copyfile(path / name, whole / name)
+        whole.replace(target)
+    for layer, report in enumerate(reports):
+        yield f"layer {layer}: {report}"
+    yield f"wrote {target}"
+
+
+def model_directory(directory: str, model_type: str) -> Path:
+    """The directory, if it holds a model of this type.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    path = Path(directory)
+    config = path / "config.json"
+    if not config.is_file():
+        raise ValueError(f"model must be a directory with a config.json, got {directory}")
+    try:
+        found = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{config} is no model configuration: {error}") from None
+    if found != model_type:
+        raise ValueError(f"model must be of type {model_type!r}, got {found!r} in {config}")
+    return path
+
+
+def auto_model() -> Callable[..., Any]:
+    """AutoModelForCausalLM.from_pretrained, which knows T6 once our classes are imported.
+
+    Raises:
+        ImportError: with what to install.
+    """
+    from .torch import hf  # noqa: F401  # registers
+
+    return import_module("transformers").AutoModelForCausalLM.from_pretrained
+
+
+def load_tokenizer(path: Path, vocab_size: int) -> Any:
+    """The tokenizer of a model; None where tokens are bytes."""
+    if (path / "tokenizer_config.json").is_file():
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    if vocab_size != BYTES:
+        raise ValueError(
+            f"a prompt needs a tokenizer in {path} or a vocabulary of {BYTES} bytes, "
+            f"got one of {vocab_size}; give --tokens"
+        )
+    return None
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of a text."""
+    if tokenizer is None:
+        return list(text.encode("utf-8", "surrogateescape"))
+    return tokenizer(text)["input_ids"]
+
+
+def decode(tokenizer: Any, tokens: list[int]) -> str:
+    """Text of tokens; bytes that are no UTF-8 are shown as replacement characters."""
+    if tokenizer is None:
+        return bytes(tokens).decode("utf-8", "replace")
+    return tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def check_tokens(tokens: list[int], vocab_size: int) -> None:
+    """Raise ValueError for no token at all, and for one outside of the vocabulary."""
+    if not tokens:
+        raise ValueError("the prompt must have at least one token, got none")
+    for token in tokens:
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"tokens must be in [0, {vocab_size}), got {token}")
