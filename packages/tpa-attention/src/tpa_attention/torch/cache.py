@@ -8,12 +8,16 @@ Source: Zhang et al. 2025 (arXiv 2501.06425), Section 3: cached numbers per toke
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from tpa_attention.config import ModelConfig
+
+from .arguments import readable
 
 ALIGNMENT = 16  # bytes: a record starts where a vector load may start
 
@@ -31,7 +35,8 @@ class LayerCache(Protocol):
     ) -> tuple[Float[Tensor, "B M Wk"], Float[Tensor, "B M Wv"], Int[Tensor, " B"] | None]:
         """Take the records of T new tokens; return those of all tokens and how many of each row are valid.
 
-        None for the lengths means that all M records of every sequence are valid.
+        None for the lengths means that all M records of every sequence are valid. What is returned may be the
+        cache's own memory, good until the next call.
         """
         ...
 
@@ -92,6 +97,25 @@ def padded_width(numbers: int, itemsize: int) -> int:
     return -(-numbers // unit) * unit
 
 
+def layout_of(config: CacheLayout | ModelConfig | Any) -> CacheLayout:
+    """The cache layout of a layer, a model or its configuration.
+
+    Raises:
+        TypeError: if there is none.
+    """
+    if isinstance(config, ModelConfig):
+        from .model import attention  # the layer knows its records; on the meta device it costs nothing
+
+        layer = attention(config, device="meta", dtype=None, generator=None)
+        return replace(layout_of(layer), num_layers=config.num_hidden_layers)
+    layout = config if isinstance(config, CacheLayout) else getattr(config, "cache_layout", None)
+    if not isinstance(layout, CacheLayout):
+        raise TypeError(
+            f"config must be a CacheLayout, a ModelConfig or have the attribute cache_layout, got {config!r}"
+        )
+    return layout
+
+
 class FactorCache:
     """Static cache: one buffer (batch, capacity, record width) per layer for K and one for V.
 
@@ -99,12 +123,17 @@ class FactorCache:
     with a tensor). Whether there is room is known on the host, so no call waits for the device, and a call
     that does not fit raises before it writes. Records are detached: a cache is for inference.
 
+    With `fixed_shape`, `append` returns the whole buffers and the lengths, and all counts are on the device:
+    every step has the same shapes and runs again from a CUDA graph or without compiling anew. On the CPU it
+    still checks the room; on an accelerator, where that would wait, writing past the end is a device error.
+
     Args:
-        config: a `CacheLayout`, or a layer or model with the attribute `cache_layout`.
+        config: a `CacheLayout`, a `ModelConfig`, or a layer or model with the attribute `cache_layout`.
         batch: sequences, >= 1.
         max_len: capacity in tokens, >= 1.
         device: where the buffers live; the default device if None.
         dtype: floating type of the buffers; the default dtype if None. Appended records are cast to it.
+        fixed_shape: return whole buffers, see above.
 
     Raises:
         TypeError: if `config` has no cache layout or `dtype` is not floating.
@@ -113,17 +142,15 @@ class FactorCache:
 
     def __init__(
         self,
-        config: CacheLayout | Any,
+        config: CacheLayout | ModelConfig | Any,
         batch: int,
         max_len: int,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        fixed_shape: bool = False,
     ) -> None:
-        layout = config if isinstance(config, CacheLayout) else getattr(config, "cache_layout", None)
-        if not isinstance(layout, CacheLayout):
-            raise TypeError(
-                f"config must be a CacheLayout or have the attribute cache_layout, got {type(config)}"
-            )
+        layout = layout_of(config)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating type, got {dtype}")
@@ -133,8 +160,11 @@ class FactorCache:
         self.layout = layout
         self.batch = batch
         self.max_len = max_len
-        self._allocate(torch.empty(0, device=device, dtype=dtype).device, dtype)
-        self._used = [0] * layout.num_layers  # host: length of the longest sequence, per layer
+        self.fixed_shape = fixed_shape
+        self._allocate(torch.empty(0, device=device).device, dtype)
+        self._used = [
+            0
+        ] * layout.num_layers  # host: length of the longest sequence; not kept under fixed_shape
         self._ragged = [False] * layout.num_layers
 
     def _allocate(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -177,22 +207,29 @@ class FactorCache:
     def past_length(self, layer: int) -> int | Int[Tensor, " B"]:
         """Tokens stored so far: an int where all sequences are equally long."""
         self._check_layer(layer)
-        return self._lengths[layer] if self._ragged[layer] else self._used[layer]
+        unequal = self.fixed_shape or self._ragged[layer]
+        return self._lengths[layer].clone() if unequal else self._used[layer]
 
     def key_positions(self, layer: int) -> Int[Tensor, "B M"] | None:
         """Positions of the stored tokens; None unless the layout keeps them."""
         self._check_layer(layer)
-        return None if self._positions is None else self._positions[layer][:, : self._used[layer]]
+        return None if self._positions is None else self._positions[layer][:, : self._extent(layer)]
 
     def last_hidden(self, layer: int) -> Float[Tensor, "B d"] | None:
         """Input of the layer at the last token; None before the first."""
         self._check_layer(layer)
         return self._last_hidden[layer]
 
+    @torch.no_grad()
     def set_last_hidden(self, layer: int, hidden: Float[Tensor, "B d"]) -> None:
         """Keep the input of the layer at the last token, which `kv_shift` reads next time."""
         self._check_layer(layer)
-        self._last_hidden[layer] = hidden.detach().clone()
+        kept = self._last_hidden[layer]
+        if kept is None:
+            with torch.inference_mode(False):  # as for the other buffers
+                kept = torch.empty(hidden.shape, device=hidden.device, dtype=hidden.dtype)
+            self._last_hidden[layer] = kept
+        kept.copy_(hidden)
 
     # ------------------------------------------------------------------------------------------ what it does
 
@@ -214,8 +251,8 @@ class FactorCache:
                 says so.
 
         Returns:
-            K records and V records up to the longest sequence, and the lengths (int32) or None if all
-            sequences are equally long.
+            Views of K records and V records up to the longest sequence, and the lengths (int32) or None if
+            all sequences are equally long.
 
         Raises:
             IndexError: if there is no such layer.
@@ -227,24 +264,26 @@ class FactorCache:
         self._check_records("v", v, self.layout.v_numbers, self._v[layer].shape[-1], new)
         if positions is not None and positions.shape != (self.batch, new):
             raise ValueError(f"positions must have shape {(self.batch, new)}, got {tuple(positions.shape)}")
-        used = self._used[layer] + new
-        if used > self.max_len:
-            raise ValueError(
-                f"cache of capacity {self.max_len} holds {self._used[layer]} tokens of layer {layer}: "
-                f"no room for {new} more"
-            )
+        self._check_room(layer, new)
         place = self._lengths[layer][:, None] + torch.arange(new, device=self.device)  # (B, T)
         for buffer, records in ((self._k[layer], k), (self._v[layer], v)):
             self._write(buffer[..., : records.shape[-1]], records, place, layer)
         if self._positions is not None:
             self._write(self._positions[layer], place if positions is None else positions, place, layer)
         self._lengths[layer] += new
-        self._used[layer] = used
-        lengths = self._lengths[layer].clone() if self._ragged[layer] else None
-        return self._k[layer][:, :used], self._v[layer][:, :used], lengths
+        if not self.fixed_shape:
+            self._used[layer] += new
+        extent = self._extent(layer)
+        unequal = self.fixed_shape or self._ragged[layer]
+        lengths = self._lengths[layer] if unequal else None
+        return self._k[layer][:, :extent], self._v[layer][:, :extent], lengths
+
+    def _extent(self, layer: int) -> int:
+        """How far into the buffer tokens may lie."""
+        return self.max_len if self.fixed_shape else self._used[layer]
 
     def _write(self, buffer: Tensor, new: Tensor, place: Tensor, layer: int) -> None:
-        if self._ragged[layer]:
+        if self.fixed_shape or self._ragged[layer]:
             rows = torch.arange(self.batch, device=self.device)[:, None]
             buffer[rows, place] = new.to(buffer.device, buffer.dtype)
         else:
@@ -277,7 +316,7 @@ class FactorCache:
         if any(h is not None for h in self._last_hidden) and not torch.equal(lengths, self._lengths):
             raise ValueError(
                 "crop cannot go back under kv_shift: the cache keeps the last hidden state alone, "
-                f"got n={n!r} below the {max(self._used)} stored tokens"
+                f"got n={n!r} below the stored lengths {self._lengths[0].tolist()}"
             )
         self._set_lengths(lengths, host)
 
@@ -300,7 +339,7 @@ class FactorCache:
         index = beam_idx.to(self.device)
         buffers = [*self._k, *self._v, *(self._positions or [])]
         for layer, buffer in enumerate(buffers):
-            stored = buffer[:, : self._used[layer % self.layout.num_layers]]
+            stored = buffer[:, : self._extent(layer % self.layout.num_layers)]
             stored.copy_(stored.index_select(0, index))
         self._lengths.copy_(self._lengths.index_select(1, index))
         self._last_hidden = [None if h is None else h.index_select(0, index) for h in self._last_hidden]
@@ -324,7 +363,7 @@ class FactorCache:
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of the stored records without padding, lengths, positions and last hidden states."""
         state = {"lengths": self._lengths.clone()}
-        for layer, used in enumerate(self._used):
+        for layer, used in enumerate(self._lengths.amax(dim=1).tolist()):
             state[f"k.{layer}"] = self._k[layer][:, :used, : self.layout.k_numbers].clone()
             state[f"v.{layer}"] = self._v[layer][:, :used, : self.layout.v_numbers].clone()
             if self._positions is not None:
@@ -359,6 +398,12 @@ class FactorCache:
                 if got != expected:
                     raise ValueError(f"{name}.{layer} must have shape {expected}, got {got}")
         for layer in layers:
+            hidden = state.get(f"last_hidden.{layer}")
+            if hidden is not None and (hidden.ndim != 2 or hidden.shape[0] != self.batch):
+                raise ValueError(
+                    f"last_hidden.{layer} must have shape ({self.batch}, d), got {tuple(hidden.shape)}"
+                )
+        for layer in layers:
             self._k[layer][:, : used[layer], : self.layout.k_numbers] = state[f"k.{layer}"]
             self._v[layer][:, : used[layer], : self.layout.v_numbers] = state[f"v.{layer}"]
             if self._positions is not None:
@@ -372,6 +417,19 @@ class FactorCache:
     def _check_layer(self, layer: int) -> None:
         if not 0 <= layer < self.layout.num_layers:
             raise IndexError(f"layer must be in [0, {self.layout.num_layers}), got {layer!r}")
+
+    def _check_room(self, layer: int, new: int) -> None:
+        if not self.fixed_shape:
+            used = self._used[layer]
+        elif readable(self._lengths):
+            used = int(self._lengths[layer].max())
+        else:
+            return
+        if used + new > self.max_len:
+            raise ValueError(
+                f"cache of capacity {self.max_len} holds {used} tokens of layer {layer}: "
+                f"no room for {new} more"
+            )
 
     def _check_records(self, name: str, records: Tensor, numbers: int, width: int, new: int) -> None:
         fits = records.dim() == 3 and records.shape[:2] == (self.batch, new)
