@@ -78,7 +78,8 @@ def test_autocast_materialises_a_float32_product_within_bfloat16(R):
     with torch.autocast("cpu", torch.bfloat16):
         x = materialize(a, b)
         from_16_bits = materialize(a.bfloat16(), b.bfloat16())
-    assert from_16_bits.dtype == torch.bfloat16  # factors of 16 bits are never widened
+    assert x.dtype == torch.bfloat16  # an outer product like a matrix product
+    assert from_16_bits.dtype == torch.bfloat16
     # three roundings to bfloat16 (2^-9 each) of terms below 25
     np.testing.assert_allclose(x.float(), materialize(a, b), rtol=0, atol=3 * 25 * 2**-9)
 

@@ -102,6 +102,7 @@ def _parser() -> Parser:
         convert.add_argument(
             f"--{name}-rank", type=_count, metavar="R", help="default: number of KV heads, which is exact"
         )
+    convert.add_argument("--q-rank", type=_count, metavar="R", help="default: queries stay as they are")
     convert.set_defaults(run=_convert)
 
     generate = commands.add_parser("generate", help="continue a text with a saved T6")
@@ -272,7 +273,8 @@ def _generate(options: argparse.Namespace) -> Iterator[str]:
 def _convert(options: argparse.Namespace) -> Iterator[str]:
     from ._model_commands import convert
 
-    return convert(options.model, options.output, k_rank=options.k_rank, v_rank=options.v_rank)
+    ranks = {"q_rank": options.q_rank, "k_rank": options.k_rank, "v_rank": options.v_rank}
+    return convert(options.model, options.output, **ranks)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,12 @@ def generate(
 
 
 def convert(
-    directory: str, output: str, *, k_rank: int | None = None, v_rank: int | None = None
+    directory: str,
+    output: str,
+    *,
+    k_rank: int | None = None,
+    v_rank: int | None = None,
+    q_rank: int | None = None,
 ) -> Iterator[str]:
     """Write a LLaMA as a T6 with free head factors; say what was lost per layer.
 
@@ -99,6 +104,7 @@ def convert(
         output: directory to make; it appears only when it is complete.
         k_rank: R_K; None for the number of KV heads, which loses nothing.
         v_rank: R_V; likewise.
+        q_rank: R_Q; None leaves queries as they are.
 
     Raises:
         ImportError: without torch, transformers or the module that converts.
@@ -111,8 +117,11 @@ def convert(
     conversion = import_module(".torch.convert", __package__)
     llama = load(path, local_files_only=True).eval()
     heads = llama.config.num_key_value_heads
-    model, reports = conversion.convert_hf_llama(
-        llama, k_rank=heads if k_rank is None else k_rank, v_rank=heads if v_rank is None else v_rank
+    model, report = conversion.convert_hf_llama(
+        llama,
+        k_rank=heads if k_rank is None else k_rank,
+        v_rank=heads if v_rank is None else v_rank,
+        q_rank=q_rank,
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as beside:
@@ -122,8 +131,7 @@ def convert(
             if (path / name).is_file():
                 shutil.copyfile(path / name, whole / name)
         whole.replace(target)
-    for layer, report in enumerate(reports):
-        yield f"layer {layer}: {report}"
+    yield str(report)
     yield f"wrote {target}"
 
 

@@ -64,9 +64,18 @@ def materialize(
     if a is None:
         return b
     scaled = a * rank_factor(a, rank_scale)  # A is the smaller one: R * H numbers
-    if a.shape[-2] == 1:
-        return scaled.mT * b  # an outer product needs no sum; far faster than as many tiny GEMMs
+    if a.shape[-2] == 1:  # an outer product needs no sum; far faster than as many tiny GEMMs
+        scaled, b = autocast(scaled), autocast(b)
+        return scaled.mT * b
     return scaled.mT @ b
+
+
+def autocast(x: Tensor) -> Tensor:
+    """In the type that autocast gives to the operands of a matrix product, where it is on."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
 
 
 def check_factors(a_name: str, a: Tensor | None, b_name: str, b: Tensor) -> None:

@@ -124,8 +124,8 @@ def padded_heads(heads: int) -> int:
 
 
 def padded_rows(shape: Shape) -> int:
-    """Rows of all queries."""
-    return max(16, shape.queries * padded_heads(shape.heads))
+    """Rows of all queries, a power of two too."""
+    return padded(shape.queries * padded_heads(shape.heads))
 
 
 def queries_per_program(heads: int, block_rows: int, queries: int) -> int:
