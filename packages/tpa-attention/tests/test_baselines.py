@@ -212,7 +212,9 @@ def test_baselines_start_with_a_silent_output_and_repeat_with_a_generator(kind, 
         options = {"init": init, "generator": generator, **more}
         return MLA(d, h, D, 5, 7, 2, **options) if kind == "mla" else grouped(kind, **options)
 
+    state = torch.random.get_rng_state()
     first, second, other = build(0), build(0), build(1)
+    assert torch.equal(torch.random.get_rng_state(), state)
     assert not first.o.weight.any()
     for p, same, new in zip(first.parameters(), second.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(p, same, rtol=0, atol=0)

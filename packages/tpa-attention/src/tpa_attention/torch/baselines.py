@@ -22,7 +22,7 @@ from tpa_attention.config import IMPLS, INITS, RopeConfig
 
 from . import inputs
 from .cache import CacheLayout, LayerCache
-from .factor_maps import init_linear
+from .factor_maps import empty_linear, init_linear
 from .layers import MAX_DECODE_TOKENS, TPAttention
 from .masks import packed_places, ragged_mask
 from .rope import rope as apply_rope
@@ -75,10 +75,10 @@ class GQA(nn.Module):
         self.num_kv_heads, self.rope = num_kv_heads, rope
         self.init, self.zero_init_output, self.impl = init, zero_init_output, impl
         place = {"device": device, "dtype": dtype}
-        self.q = nn.Linear(d_model, num_heads * head_dim, bias=False, **place)
-        self.k = nn.Linear(d_model, num_kv_heads * head_dim, bias=False, **place)
-        self.v = nn.Linear(d_model, num_kv_heads * head_dim, bias=False, **place)
-        self.o = nn.Linear(num_heads * head_dim, d_model, bias=False, **place)
+        self.q = empty_linear(d_model, num_heads * head_dim, **place)
+        self.k = empty_linear(d_model, num_kv_heads * head_dim, **place)
+        self.v = empty_linear(d_model, num_kv_heads * head_dim, **place)
+        self.o = empty_linear(num_heads * head_dim, d_model, **place)
         self.reset_parameters(generator)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -268,7 +268,7 @@ class MLA(nn.Module):
         place = {"device": device, "dtype": dtype}
 
         def linear(inward: int, outward: int) -> nn.Linear:
-            return nn.Linear(inward, outward, bias=False, **place)
+            return empty_linear(inward, outward, **place)
 
         width = num_heads * head_dim
         self.q_down, self.q_norm = linear(d_model, q_latent), nn.RMSNorm(q_latent, eps=NORM_EPS, **place)

@@ -133,6 +133,19 @@ def project(
     return [m.rows(next(rows)) if m.contextual else m.rows(None).to(dtype) for m in maps]
 
 
+def empty_linear(
+    inward: int,
+    outward: int,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Linear:
+    """A linear map without bias and without initial values: nothing is drawn from the global generator."""
+    linear = nn.Linear(inward, outward, bias=False, device="meta")
+    linear.weight = nn.Parameter(torch.empty(outward, inward, device=device, dtype=dtype))
+    return linear
+
+
 # ----------------------------------------------------------------------------------------- initial values
 
 

@@ -23,7 +23,7 @@ from tpa_attention.config import HEAD_ACTIVATIONS, IMPLS, INITS, RopeConfig
 
 from . import inputs
 from .cache import CacheLayout, LayerCache
-from .factor_maps import FactorMap, init_a, init_b, init_linear, project
+from .factor_maps import FactorMap, empty_linear, init_a, init_b, init_linear, project
 from .factors import RecordLayout, TPAFactors
 from .functional import tpa_attention, tpa_decode, tpa_decode_factors
 from .kv_shift import KVShift, zero_padding
@@ -139,8 +139,8 @@ class TPAttention(nn.Module):
         self.a_k, self.b_k = head_map(k_rank), feature_map(k_rank, head_dim)
         self.a_v, self.b_v = head_map(v_rank), None if shared_kv_b else feature_map(v_rank, self.v_head_dim)
         width = num_heads * self.v_head_dim
-        self.o = nn.Linear(width, d_model, bias=False, **place)
-        self.gate = nn.Linear(d_model, width, bias=False, **place) if output_gate else None
+        self.o = empty_linear(width, d_model, **place)
+        self.gate = empty_linear(d_model, width, **place) if output_gate else None
         self.out_norm = nn.RMSNorm(self.v_head_dim, eps=NORM_EPS, **place) if out_norm else None
         self.shift = KVShift(d_model, **place) if kv_shift else None
 
