@@ -1,6 +1,5 @@
 """Every integer of the specification's tables, and every count against the NumPy-free truth of the tests."""
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -12,21 +11,17 @@ from tpa_attention import accounting
 from tpa_attention.accounting import (
     LayerShape,
     arithmetic_intensity,
-    cache_bytes,
     cache_numbers,
-    compare,
     decode_macs,
     decode_projection,
     decode_slope,
     layer_shape,
-    max_context,
     model_params,
     params,
     prefers_factored_query,
     saved_activations,
     training_macs,
 )
-from tpa_attention.comparison import FLOP_COLUMNS
 from tpa_attention.config import PRESETS, ModelConfig, preset
 
 EXAMPLES = {
@@ -360,132 +355,6 @@ def test_saved_activations_of_kv_only_keep_the_full_query_once():
     assert saved_activations(kv_only, materialised=True) == factors + 3 * 29 * 64 + 29
 
 
-RANK_TWO = ModelConfig(num_hidden_layers=3, num_attention_heads=32, head_dim=128)
-
-
-def test_tensor_parallelism_divides_only_the_head_part_of_the_cache():
-    one, eight = (cache_bytes(RANK_TWO, 1, 1, "bfloat16", tp=tp) // (2 * 3) for tp in (1, 8))
-    assert (one, eight) == (640, 528)
-
-
-def test_uneven_heads_are_padded_and_small_groups_replicated():
-    config = replace(RANK_TWO, num_attention_heads=30)
-    assert cache_bytes(config, 1, 1, tp=8, padded=False) == 3 * 2 * 4 * (4 + 128)
-    gqa = preset("small", "gqa")
-    halves = [cache_bytes(gqa, 1, 1, tp=tp) for tp in (1, 2, 8)]
-    assert halves == [12 * 512, 12 * 256, 12 * 256]
-    mla = preset("small", "mla")
-    assert cache_bytes(mla, 1, 1, tp=8) == cache_bytes(mla, 1, 1)
-
-
-def test_records_end_on_16_bytes():
-    medium = preset("medium")  # 2 (47 + 64) = 222 numbers a record: 444 bytes, 448 with padding
-    assert cache_bytes(medium, 2, 5, "bfloat16", padded=False) == 24 * 2 * 5 * 888
-    assert cache_bytes(medium, 2, 5, "bfloat16") == 24 * 2 * 5 * 896
-    assert cache_bytes(medium, 2, 5, "float32") == 24 * 2 * 5 * 2 * 896  # 888 bytes, 896
-    assert (
-        cache_bytes(preset("large"), 1, 1) == 36 * 2 * 512  # 250 numbers a record: 500 bytes
-    )  # 250 numbers a record: 500 bytes, 504 would be 8's
-
-
-def test_quantised_caches_hold_a_byte_per_number_and_two_scales_per_rank():
-    numbers, scales = 2 * 2 * (32 + 128), 2 * 2 * 2
-    assert cache_bytes(RANK_TWO, 1, 7, quant="int8") == 3 * 7 * (numbers + 4 * scales)
-    assert cache_bytes(RANK_TWO, 1, 7, quant="fp8_e4m3", scale_dtype="float16") == 3 * 7 * (
-        numbers + 2 * scales
-    )
-    free_a = replace(RANK_TWO, variant="noncontextual_a")
-    assert cache_bytes(free_a, 1, 1, quant="int8") == 3 * (2 * 2 * 128 + 4 * 4)
-
-
-def test_the_kv_shift_keeps_one_hidden_state_per_sequence_and_layer():
-    shifted = replace(RANK_TWO, kv_shift=True)
-    assert cache_bytes(shifted, 5, 9) - cache_bytes(RANK_TWO, 5, 9) == 5 * 3 * 768 * 2
-
-
-@pytest.mark.parametrize("options", [{}, {"quant": "int8"}, {"tp": 3}, {"padded": False}, {"batch": 7}])
-def test_the_longest_context_fits_and_one_token_more_does_not(options):
-    config = replace(preset("small"), kv_shift=True)
-    batch, memory, weights = options.pop("batch", 3), 10**9 + 17, 3 * 10**8
-    longest = max_context(memory, weights, config, batch=batch, reserved_bytes=10**7, **options)
-    room = memory - weights - 10**7
-    assert cache_bytes(config, batch, longest, **options) <= room
-    assert cache_bytes(config, batch, longest + 1, **options) > room
-
-
-def test_no_token_fits_where_the_weights_fill_the_memory():
-    assert max_context(100, 100, preset("small")) == 0
-    assert max_context(100, 90, replace(preset("small"), kv_shift=True)) == 0
-
-
-# --------------------------------------------------------------------------------------------- compare
-
-
-def medium_models():
-    mechanisms = ("mha", "mqa", "gqa", "mla_matched", "mla_paper", "kvonly", "tpa")
-    return {m: preset("medium", m) for m in mechanisms}
-
-
-def test_the_comparison_says_what_the_trained_models_save():
-    savings = [compare({m: preset(n, m) for m in ("mha", "tpa")}, seq_len=1).saving("tpa") for n in PRESETS]
-    assert (round(min(savings), 1), round(max(savings), 1)) == (3.9, 5.6)
-    equal = {
-        m: ModelConfig(mechanism=m, num_attention_heads=32, head_dim=128, k_rank=1, v_rank=1)
-        for m in ("mha", "tpa")
-    }
-    assert compare(equal, seq_len=1).saving("tpa") == 25.6
-
-
-def test_the_papers_mla_models_carry_16_to_18_percent_more_parameters():
-    more = [
-        compare({m: preset(n, m) for m in ("mha", "mla_paper")}, seq_len=1).more_parameters("mla_paper")
-        for n in RELEASED_MLA
-    ]
-    assert [round(100 * share) for share in more] == [18, 18, 16]
-
-
-def test_rows_of_the_comparison_are_the_counts():
-    models = medium_models()
-    table = compare(models, seq_len=32768, batch=2, tp=2, gpu_bytes=80 * 2**30)
-    assert [row.name for row in table.rows] == list(models)
-    for row in table.rows:
-        config = models[row.name]
-        assert row.parameters == model_params(config)
-        assert row.cache_numbers == cache_numbers(config)
-        assert row.cache_bytes == cache_bytes(config, 2, 32768, tp=2)
-        assert row.macs == row.projection + 32768 * row.slope
-        weights = -(-2 * row.parameters // 2)
-        assert row.max_context == max_context(80 * 2**30, weights, config, batch=2, tp=2)
-
-
-def test_the_text_of_a_comparison_has_a_line_per_model_and_aligned_columns():
-    text = compare(medium_models(), seq_len=32768).to_text()
-    lines = text.splitlines()
-    assert lines[0].startswith("mechanism")
-    assert [line.split()[0] for line in lines[1:]] == list(medium_models())
-    assert lines[-1].split() == ["tpa", "47", "353,992,704", "444", "4.6x", "bfloat16", "704,643,072"]
-    assert len({len(line) for line in lines}) == 1  # the last column is flush right
-    assert "7,348" in compare(medium_models(), seq_len=1).to_text(FLOP_COLUMNS)
-
-
-def test_the_json_of_a_comparison_holds_the_same_integers():
-    table = compare(medium_models(), seq_len=1024, quant="int8")
-    found = json.loads(table.to_json())
-    assert (found["baseline"], found["seq_len"], found["batch"], found["tp"]) == ("mha", 1024, 1, 1)
-    rows = {row["name"]: row for row in found["rows"]}
-    assert rows["tpa"]["parameters"] == 353_992_704
-    assert (rows["tpa"]["stored_as"], rows["mha"]["stored_as"]) == ("int8", "bfloat16")
-    assert rows["tpa"]["cache_bytes"] == cache_bytes(preset("medium"), 1, 1024, quant="int8")
-    assert rows["mha"]["max_context"] is None
-
-
-def test_memory_too_small_for_the_weights_leaves_the_context_empty():
-    table = compare({"tpa": preset("xl")}, seq_len=1, gpu_bytes=10**6)
-    assert table.rows[0].max_context is None
-    assert table.to_text(("name", "max_context")).splitlines()[1].split() == ["tpa", "-"]
-    assert table.baseline == "tpa"
-
-
 # ----------------------------------------------------------------------------------------- what is refused
 
 SMALL = preset("small")
@@ -551,30 +420,6 @@ SMALL = preset("small")
             ValueError,
             "counted for TPA alone, got mechanism 'mha'",
         ),
-        (lambda: cache_bytes(SMALL, 0, 1), ValueError, "batch must be >= 1, got 0"),
-        (lambda: cache_bytes(SMALL, 1, 1.5), TypeError, "seq_len must be an int, got 1.5"),
-        (lambda: cache_bytes(SMALL, 1, 1, tp=0), ValueError, "tp must be >= 1, got 0"),
-        (lambda: cache_bytes(SMALL, 1, 1, "bf16"), ValueError, "dtype must be one of .*, got 'bf16'"),
-        (lambda: cache_bytes(SMALL, 1, 1, quant="int4"), ValueError, "quant must be one of .*, got 'int4'"),
-        (
-            lambda: cache_bytes(SMALL, 1, 1, quant="int8", scale_dtype="int8"),
-            ValueError,
-            "scale_dtype must be one of .*, got 'int8'",
-        ),
-        (
-            lambda: cache_bytes(preset("small", "mha"), 1, 1, quant="int8"),
-            ValueError,
-            "quant is for caches of factors, got 'int8' with 'mha'",
-        ),
-        (lambda: max_context(10, 11, SMALL), ValueError, "must fit into gpu_bytes, got 11 and 0 in 10"),
-        (lambda: max_context(10, -1, SMALL), ValueError, "weights_bytes must be >= 0, got -1"),
-        (lambda: compare({}, seq_len=1), ValueError, "configs must name at least one model, got none"),
-        (
-            lambda: compare({"tpa": SMALL}, seq_len=1).to_text(("name", "price")),
-            ValueError,
-            "columns must be among .*, got 'price'",
-        ),
-        (lambda: compare({"tpa": SMALL}, seq_len=1).saving("mha"), KeyError, "mha"),
     ],
 )
 def test_wrong_sizes_are_refused_by_name_and_value(call, error, message):

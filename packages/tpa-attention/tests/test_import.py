@@ -83,18 +83,6 @@ def test_torch_names_without_torch_say_what_to_install(missing):
         assert 'pip install "tpa-attention[torch]"' in message
 
 
-def test_hugging_face_classes_without_transformers_say_what_to_install():
-    pytest.importorskip("torch", reason="without torch the message is another")
-    message = in_fresh_interpreter(
-        "import sys, json; sys.modules['transformers'] = None\n"
-        "try: import tpa_attention.torch.hf\n"
-        "except ImportError as error: print(json.dumps(str(error)))\n"
-        "else: print(json.dumps('no error'))"
-    )
-    assert "transformers is not installed" in message
-    assert 'pip install "tpa-attention[hf]"' in message
-
-
 def test_the_version_is_the_one_of_the_project_file():
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     assert tpa_attention.__version__ == project["version"]

@@ -208,10 +208,10 @@ def record_widths(s: LayerShape, tp: int = 1) -> tuple[int, int]:
     """Numbers cached per token in the K and in the V record, on one of `tp` devices that divide the heads.
 
     Heads are divided with padding, ceil(h / tp); rows of B and latents are held by every device. MLA keeps
-    its latent and rotary key in one record, the other is empty.
+    its rotary key in the K record and its latent in the V record.
     """
     if s.mechanism == "mla":
-        return s.d_c + s.d_r, 0
+        return s.d_r, s.d_c
     if s.mechanism == "mfa":
         return s.d_c, s.d_c
     if not s.factored:

@@ -53,7 +53,8 @@ def generate(
     Raises:
         ImportError: without torch or transformers.
         ValueError: if the directory holds no T6, a token is outside of its vocabulary, the prompt is empty or
-            has no tokenizer, the temperature is negative, or the text would not fit into the context.
+            has no tokenizer, the device cannot be used, the temperature is negative, or prompt and
+            continuation do not fit into the context.
     """
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be finite and >= 0, got {temperature}")
@@ -63,6 +64,7 @@ def generate(
     load = auto_model()
     import torch
 
+    check_device(device)
     model = load(path, local_files_only=True).to(device).eval()
     tokenizer = None if tokens is not None else load_tokenizer(path, model.config.vocab_size)
     given = tokens if tokens is not None else encode(tokenizer, prompt or "")
@@ -191,6 +193,17 @@ def decode(tokenizer: Any, tokens: list[int]) -> str:
     if tokenizer is None:
         return bytes(tokens).decode("utf-8", "replace")
     return tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError for a device that torch does not know or cannot use here."""
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # as the builds of torch differ
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"device must be one that torch can use here, got {device!r}: {reason}") from None
 
 
 def check_tokens(tokens: list[int], vocab_size: int) -> None:
