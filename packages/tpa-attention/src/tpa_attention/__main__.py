@@ -110,7 +110,7 @@ def _parser() -> Parser:
     prompt = generate.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", help="text; bytes are its tokens where the model has no tokenizer")
     prompt.add_argument("--tokens", type=_tokens, metavar="1,2,3", help="token numbers")
-    generate.add_argument("--max-new-tokens", type=_count, default=64, metavar="N")
+    generate.add_argument("--max-new-tokens", type=_count, metavar="N", help="default: 64, or what fits")
     generate.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 takes the likeliest")
     generate.add_argument("--top-k", type=_count, metavar="K", help="sample among the K likeliest")
     generate.add_argument("--seed", type=int, default=0)

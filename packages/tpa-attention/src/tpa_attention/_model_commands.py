@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 BYTES = 256
+DEFAULT_NEW_TOKENS = 64
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -30,7 +31,7 @@ def generate(
     *,
     prompt: str | None = None,
     tokens: list[int] | None = None,
-    max_new_tokens: int = 64,
+    max_new_tokens: int | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
     seed: int = 0,
@@ -43,7 +44,7 @@ def generate(
         directory: of a saved model of type "t6".
         prompt: text, or None.
         tokens: token numbers instead of a prompt.
-        max_new_tokens: at most so many are added.
+        max_new_tokens: at most so many are added; None for 64, or fewer where the context ends.
         temperature: 0 takes the likeliest token each time, more samples.
         top_k: sample among so many likeliest tokens; None for all.
         seed: of the sampling.
@@ -69,11 +70,7 @@ def generate(
     tokenizer = None if tokens is not None else load_tokenizer(path, model.config.vocab_size)
     given = tokens if tokens is not None else encode(tokenizer, prompt or "")
     check_tokens(given, model.config.vocab_size)
-    if len(given) + max_new_tokens > model.config.max_position_embeddings:
-        raise ValueError(
-            f"prompt and max_new_tokens must fit into the context of {model.config.max_position_embeddings}, "
-            f"got {len(given)} and {max_new_tokens}"
-        )
+    max_new_tokens = new_tokens(len(given), max_new_tokens, model.config.max_position_embeddings)
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0, "top_p": 1.0}
@@ -204,6 +201,20 @@ def check_device(device: str) -> None:
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # as the builds of torch differ
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"device must be one that torch can use here, got {device!r}: {reason}") from None
+
+
+def new_tokens(given: int, wanted: int | None, context: int) -> int:
+    """How many tokens to add.
+
+    Raises:
+        ValueError: if they do not fit into the context, or nothing does behind the prompt.
+    """
+    new = max(1, min(DEFAULT_NEW_TOKENS, context - given)) if wanted is None else wanted
+    if given + new > context:
+        raise ValueError(
+            f"prompt and max_new_tokens must fit into the context of {context}, got {given} and {new}"
+        )
+    return new
 
 
 def check_tokens(tokens: list[int], vocab_size: int) -> None:

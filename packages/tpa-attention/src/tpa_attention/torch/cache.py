@@ -9,7 +9,7 @@ Source: Zhang et al. 2025 (arXiv 2501.06425), Section 3: cached numbers per toke
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -344,7 +344,7 @@ class FactorCache:
         self._lengths.copy_(self._lengths.index_select(1, index))
         self._last_hidden = [None if h is None else h.index_select(0, index) for h in self._last_hidden]
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "FactorCache":
         """Move the buffers and return the cache itself; another `dtype` re-lays the records.
 
         Raises:

@@ -1,7 +1,7 @@
 """Attention by materialised heads through torch's FlexAttention: masks as functions, blocks of them skipped.
 
 Worth it for windows and packed sequences, whose masks are mostly empty. On the CPU FlexAttention has a
-forward pass only, and only for tensors that need no gradient.
+forward pass only, without log-sum-exps and for tensors that need no gradient.
 
 FlexAttention is meant to be compiled; the first call for new shapes takes the compiler's seconds.
 """
@@ -43,7 +43,7 @@ def tpa_attention(
     """Outputs, and log-sum-exps if asked for; arguments of `functional`, and the lengths of a decode.
 
     Raises:
-        RuntimeError: on the CPU when a gradient is needed.
+        RuntimeError: on the CPU when a gradient is needed or the log-sum-exp is asked for.
     """
     q, k, v = (x.contiguous() for x in heads_first(aq, bq, ak, bk, av, bv, rank_scale))
     if q.device.type == "cpu" and (q.requires_grad or k.requires_grad or v.requires_grad):
@@ -51,6 +51,8 @@ def tpa_attention(
             "impl='flex' has no backward pass on the CPU and takes no tensor that requires a gradient there: "
             "use impl='sdpa', or .detach() the factors"
         )
+    if q.device.type == "cpu" and return_lse:
+        raise RuntimeError("impl='flex' returns no log-sum-exp on the CPU: use impl='sdpa' there")
     B, H, T, _ = q.shape
     M = k.shape[2]
     mask, bias = (None if x is None else x.expand(B, H, T, M) for x in split_mask(attn_mask))

@@ -24,6 +24,7 @@ The contract between `functional.py`, which explains what users got wrong, and k
 Source: Zhang et al. 2025 (arXiv 2501.06425), Algorithms 2-3.
 """
 
+import os
 from typing import Any, NoReturn
 
 import torch
@@ -55,7 +56,8 @@ def decode(
 ) -> tuple[Tensor, Tensor]:
     """Attention of N new queries to cached factors; arguments and results: see the module.
 
-    Anywhere but on CUDA, and for float64 there too, this is `reference.tpa_decode_factors`.
+    On CUDA this is the Triton kernel, but for float64; elsewhere `reference.tpa_decode_factors`, and on the CPU
+    with TRITON_INTERPRET=1 the kernel again, interpreted.
 
     Raises:
         ValueError: if shapes do not fit, N is not in 1..16, or a number is out of range.
@@ -64,45 +66,31 @@ def decode(
     Source: Zhang et al. 2025 (arXiv 2501.06425), Algorithms 2-3.
     """
     _check(aq, bq, ak, bk, av, bv, seq_lens, block_table, bias, window, k_scale, v_scale, num_splits)
-    return _decode_plainly(
-        aq, bq, ak, bk, av, bv, seq_lens, block_table, bias, window, scale, out_scale, k_scale, v_scale
+    arguments = (
+        aq,
+        bq,
+        ak,
+        bk,
+        av,
+        bv,
+        seq_lens,
+        block_table,
+        bias,
+        window,
+        scale,
+        out_scale,
+        k_scale,
+        v_scale,
     )
-
-
-@decode.register_kernel("cuda")
-def _decode_cuda(
-    aq: Tensor | None,
-    bq: Tensor,
-    ak: Tensor,
-    bk: Tensor,
-    av: Tensor,
-    bv: Tensor,
-    seq_lens: Tensor | None = None,
-    block_table: Tensor | None = None,
-    bias: Tensor | None = None,
-    window: int | None = None,
-    scale: float = 1.0,
-    out_scale: float = 1.0,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-    num_splits: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    _check(aq, bq, ak, bk, av, bv, seq_lens, block_table, bias, window, k_scale, v_scale, num_splits)
-    floats = [bq, *(factor for factor in (ak, bk, av, bv) if factor.dtype not in QUANTISED_TYPES)]
-    if not all(factor.dtype in KERNEL_TYPES for factor in floats):
-        return _decode_plainly(
-            aq, bq, ak, bk, av, bv, seq_lens, block_table, bias, window, scale, out_scale, k_scale, v_scale
-        )
+    if not _uses_kernel(bq, ak, bk, av, bv):
+        return _decode_plainly(*arguments)
     try:
         from tpa_attention.torch.kernels.decode import decode_triton
     except ModuleNotFoundError as error:
         raise RuntimeError(
             'tpa::decode on CUDA needs triton, which is not installed: pip install "tpa-attention[triton]"'
         ) from error
-    return decode_triton(
-        aq, bq, ak, bk, av, bv, seq_lens, block_table, bias, window, scale, out_scale, k_scale, v_scale,
-        num_splits,
-    )  # fmt: skip
+    return decode_triton(*arguments, num_splits)
 
 
 @decode.register_fake
@@ -130,6 +118,13 @@ def _no_gradient(_ctx: Any, *_grads: Tensor) -> NoReturn:
 
 
 decode.register_autograd(_no_gradient)
+
+
+def _uses_kernel(bq: Tensor, *cached: Tensor) -> bool:
+    interpreted = bq.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if bq.device.type != "cuda" and not interpreted:
+        return False
+    return bq.dtype in KERNEL_TYPES and all(x.dtype in KERNEL_TYPES + QUANTISED_TYPES for x in cached)
 
 
 def _decode_plainly(
@@ -167,7 +162,8 @@ def _contiguous_floats(
         a, b = a.to(torch.float32) * scale.unsqueeze(-1), b.to(torch.float32)
     if block_table is None:
         return a, b
-    return a[block_table].flatten(1, 2), b[block_table].flatten(1, 2)
+    used = block_table.long().clamp(0, a.shape[0] - 1)  # entries past the length may be anything
+    return a[used].flatten(1, 2), b[used].flatten(1, 2)
 
 
 def _check(
@@ -216,8 +212,8 @@ def _check(
             raise ValueError(f"{name} must have shape {shape}, got {got}")
         if tensor.device != bq.device:
             raise ValueError(f"{name} must be on {bq.device} like bq, got {tensor.device}")
-        if name in ("seq_lens", "block_table") and tensor.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{name} must be int32 or int64, got {tensor.dtype}")
+        if name in ("seq_lens", "block_table") and (tensor.is_floating_point() or tensor.dtype == torch.bool):
+            raise TypeError(f"{name} must hold integers, got {tensor.dtype}")
     quantised = {factor.dtype in QUANTISED_TYPES for factor in (ak, bk, av, bv)}
     if quantised != {k_scale is not None} or quantised != {v_scale is not None}:
         raise TypeError(

@@ -54,7 +54,7 @@ _LN2 = tl.constexpr(math.log(2))
 _LOG2E = tl.constexpr(math.log2(math.e))
 # numbers that change from call to call: a kernel is not compiled again because one of them is 1 or even
 _LENGTHS = ("capacity", "window", "split_length", "num_splits", "row_blocks", "table_b")
-_BATCH_STRIDES = ("ak_b", "bk_b", "av_b", "bv_b", "ks_b", "vs_b", "bias_b", "bias_h", "bias_n", "bias_m")
+_BATCH_STRIDES = ("ak_b", "bk_b", "av_b", "bv_b", "ks_b", "vs_b", "bias_b", "bias_h", "bias_n")
 _MERGED = 32  # splits at a time
 _UNROLLED_RANKS = 8
 _COLUMNS = 64  # rows of B_Q at a time while q is formed
@@ -83,6 +83,8 @@ def decode_triton(
     heads, v_head_dim = ak.shape[3], bv.shape[3]
     page = ak.shape[1] if block_table is not None else 0
     capacity = page * block_table.shape[1] if block_table is not None else ak.shape[1]
+    seq_lens = None if seq_lens is None else seq_lens.contiguous()
+    block_table = None if block_table is None else block_table.contiguous()
     out = bq.new_empty(batch, queries, heads, v_head_dim)
     lse = bq.new_empty(batch, queries, heads, dtype=torch.float32)
     if out.numel() == 0:
