@@ -28,7 +28,7 @@ try:
         PreTrainedModel,
     )
     from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-    from transformers.utils import can_return_tuple
+    from transformers.utils.generic import can_return_tuple
 except ModuleNotFoundError as error:
     raise ImportError(
         f"tpa_attention.torch.hf needs transformers, and {error.name} is not installed: "
@@ -149,7 +149,7 @@ class T6PreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _can_compile_fullgraph = True
 
-    def _initialize_weights(self, module: nn.Module, *_: Any) -> None:
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:  # noqa: ARG002
         # transformers passes over modules of foreign code that own no parameter, and so over the attention
         # layers, which draw the values of all their maps; `_init_weights` leaves alone what was loaded
         super()._initialize_weights(module)
@@ -258,7 +258,7 @@ class T6Model(T6PreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=x,
             hidden_states=(*states[:-1], x) if wanted else None,
-            **{CACHE_FIELD: kept},
+            **cache_output(kept),
         )
 
     @property
@@ -356,8 +356,13 @@ class T6ForCausalLM(T6PreTrainedModel, GenerationMixin):
             loss=None if labels is None else next_token_loss(logits, labels),
             logits=logits,
             hidden_states=outputs.hidden_states,
-            **{CACHE_FIELD: getattr(outputs, CACHE_FIELD)},
+            **cache_output(getattr(outputs, CACHE_FIELD)),
         )
+
+
+def cache_output(cache: Cache | None) -> dict[str, Any]:
+    """The cache under the name that outputs of the installed transformers have for it."""
+    return {CACHE_FIELD: cache}
 
 
 def next_token_loss(logits: Float[Tensor, "B T vocab"], labels: Int[Tensor, "B T"]) -> Float[Tensor, ""]:

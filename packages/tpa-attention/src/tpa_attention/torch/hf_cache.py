@@ -8,6 +8,7 @@ Source: Zhang et al. 2025 (arXiv 2501.06425), Section 3, for what is cached.
 """
 
 import inspect
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -78,7 +79,8 @@ def is_static(cache: Cache) -> bool:
 
 def mask_length(cache: Cache, slots: Int[Tensor, " T"]) -> int:
     """M, the number of keys that attention will see."""
-    return int(cache.get_mask_sizes(len(slots) if MASK_SIZES_TAKE_LENGTH else slots, 0)[0])
+    new: Any = len(slots) if MASK_SIZES_TAKE_LENGTH else slots
+    return int(cache.get_mask_sizes(new, 0)[0])
 
 
 def key_mask(mask: Tensor, length: int) -> Bool[Tensor, "B {length}"]:

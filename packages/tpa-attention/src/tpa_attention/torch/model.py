@@ -379,7 +379,9 @@ def block_norm(config: ModelConfig, device: torch.device | str | None, dtype: to
 
 def model_cache_layout(layers: nn.ModuleList) -> CacheLayout:
     """The layout of the first attention layer, for all layers: they are alike."""
-    return replace(layers[0].attn.cache_layout, num_layers=len(layers))
+    first: Any = layers[0]
+    layout: CacheLayout = first.attn.cache_layout
+    return replace(layout, num_layers=len(layers))
 
 
 @torch.no_grad()
