@@ -56,8 +56,8 @@ def decode(
 ) -> tuple[Tensor, Tensor]:
     """Attention of N new queries to cached factors; arguments and results: see the module.
 
-    On CUDA this is the Triton kernel, but for float64; elsewhere `reference.tpa_decode_factors`, and on the CPU
-    with TRITON_INTERPRET=1 the kernel again, interpreted.
+    On CUDA this is the Triton kernel, but for float64; elsewhere `reference.tpa_decode_factors`, and on the
+    CPU with TRITON_INTERPRET=1 the kernel again, interpreted.
 
     Raises:
         ValueError: if shapes do not fit, N is not in 1..16, or a number is out of range.
@@ -151,7 +151,9 @@ def _decode_plainly(
         aq, wide, ak, bk, av, bv,
         seq_lens=seq_lens, attn_bias=bias, window=window, scale=scale, rank_scale=False,
     )  # fmt: skip
-    return (out * out_scale).to(bq.dtype).contiguous(), lse.contiguous()
+    out = (out * out_scale).to(bq.dtype)
+    # `contiguous` would leave odd strides at sizes of 1, where `_decode_shapes` promises none
+    return out.clone(memory_format=torch.contiguous_format), lse.clone(memory_format=torch.contiguous_format)
 
 
 def _contiguous_floats(
