@@ -32,7 +32,7 @@ class LayerCache(Protocol):
         k: Float[Tensor, "B T Wk"],
         v: Float[Tensor, "B T Wv"],
         positions: Int[Tensor, "B T"] | None = None,
-    ) -> tuple[Float[Tensor, "B M Wk"], Float[Tensor, "B M Wv"], Int[Tensor, " B"] | None]:
+    ) -> tuple[Float[Tensor, "B M Pk"], Float[Tensor, "B M Pv"], Int[Tensor, " B"] | None]:
         """Take the records of T new tokens; return those of all tokens and how many of each row are valid.
 
         None for the lengths means that all M records of every sequence are valid. What is returned may be the
@@ -240,7 +240,7 @@ class FactorCache:
         k: Float[Tensor, "B T Wk"],
         v: Float[Tensor, "B T Wv"],
         positions: Int[Tensor, "B T"] | None = None,
-    ) -> tuple[Float[Tensor, "B M Wk"], Float[Tensor, "B M Wv"], Int[Tensor, " B"] | None]:
+    ) -> tuple[Float[Tensor, "B M Pk"], Float[Tensor, "B M Pv"], Int[Tensor, " B"] | None]:
         """Write T records behind those of each sequence and return views of all records.
 
         Args:
