@@ -6,12 +6,52 @@ when first used, from `tpa_attention.torch` (extra `[torch]`, or `[hf]` for the 
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .torch.cache import FactorCache
+    from .torch.checkpoints import load_authors_state_dict
+    from .torch.convert import mha_to_tpa
+    from .torch.factors import TPAFactors, materialize
+    from .torch.functional import merge_partials, tpa_attention, tpa_decode, tpa_decode_factors
+    from .torch.hf import T6Config, T6ForCausalLM
+    from .torch.layers import TPAttention
+    from .torch.model import T6
 
 __version__ = "0.1.0"
 
-_HOME: dict[str, str] = {}
+__all__ = [
+    "T6",
+    "FactorCache",
+    "T6Config",
+    "T6ForCausalLM",
+    "TPAFactors",
+    "TPAttention",
+    "__version__",
+    "load_authors_state_dict",
+    "materialize",
+    "merge_partials",
+    "mha_to_tpa",
+    "tpa_attention",
+    "tpa_decode",
+    "tpa_decode_factors",
+]
 
-__all__ = ["__version__"]
+_HOME = {
+    "T6": "torch.model",
+    "FactorCache": "torch.cache",
+    "T6Config": "torch.hf",
+    "T6ForCausalLM": "torch.hf",
+    "TPAFactors": "torch.factors",
+    "TPAttention": "torch.layers",
+    "load_authors_state_dict": "torch.checkpoints",
+    "materialize": "torch.factors",
+    "merge_partials": "torch.functional",
+    "mha_to_tpa": "torch.convert",
+    "tpa_attention": "torch.functional",
+    "tpa_decode": "torch.functional",
+    "tpa_decode_factors": "torch.functional",
+}
 
 
 def __getattr__(name: str) -> object:
