@@ -208,9 +208,3 @@ def test_triton_that_is_not_installed_says_what_to_install(call, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with refuses(RuntimeError, r'triton is not installed: pip install "tpa-attention\[triton\]"'):
         CALLS[call](*factors(), impl="triton")
-
-
-def test_flex_with_a_gradient_on_the_cpu_says_what_to_do():
-    inputs = tensors(draw(0), requires_grad=True)
-    with refuses(RuntimeError, r"impl='flex' has no backward pass on the CPU .* use impl='sdpa'"):
-        tpa_attention(*inputs, impl="flex")

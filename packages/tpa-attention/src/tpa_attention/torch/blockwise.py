@@ -135,12 +135,11 @@ def prefers_factored_query(q_rank: int, num_heads: int, head_dim: int) -> bool:
 
 def prepared_query(
     aq: Float[Tensor, "B N RQ H"] | None, bq: Float[Tensor, "B N RQ D"], scale: float, rank_scale: bool
-) -> tuple[Float[Tensor, "B N RQ H"] | None, Float[Tensor, "B N RQ D"]]:
+) -> tuple[Float[Tensor, "B N RQ H"] | None, Float[Tensor, "B N rows D"]]:
     """The query in its cheaper form with every factor of the logits in it, in the type computed in."""
     aq, bq = widened(aq, bq)
     if aq is not None and not prefers_factored_query(aq.shape[2], aq.shape[3], bq.shape[3]):
-        aq, bq = None, materialize(aq, bq, rank_scale)
-        return None, bq * scale
+        return None, materialize(aq, bq, rank_scale) * scale
     return aq, bq * (scale * rank_factor(aq, rank_scale))
 
 
