@@ -14,8 +14,10 @@ from reference_accounting import Shape
 from reference_layer import forward
 from reference_rope import Rope
 from test_reference_layer import LAYERS, PRINTED, WORKED_INPUT, WORKED_ROWS, D, d, h, hidden, worked_layer
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tpa_attention.config import RopeConfig
+from tpa_attention.accounting import cache_numbers, params
+from tpa_attention.config import ModelConfig, RopeConfig
 from tpa_attention.torch.functional import tpa_attention
 from tpa_attention.torch.layers import TPAttention
 
@@ -192,6 +194,36 @@ def test_later_tokens_and_shifts_of_all_positions_leave_rows_alone_under_any_opt
     torch.testing.assert_close(layer(x, torch.arange(5) + 50), y, rtol=1e-9, atol=1e-12)
 
 
+class CountProducts(TorchDispatchMode):
+    """Products of two matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.mm.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("name", "fused_proj", "products"),
+    [
+        ("contextual", True, 1),
+        ("contextual", False, 6),
+        ("KV shift", True, 2),  # Q reads another input than K and V
+        ("shared B", False, 5),
+        ("non-contextual A", False, 3),
+        ("KV-only", True, 1),
+    ],
+)
+def test_fused_projections_are_one_product_per_input(name, fused_proj, products):
+    layer, x = build(name, fused_proj=fused_proj), torch.from_numpy(hidden(23))
+    with torch.no_grad(), CountProducts() as counter:
+        layer(x)
+    assert counter.count == products + 1  # and W^O
+
+
 # -------------------------------------------------------------------------------- parameters, initial values
 
 COUNTED = {
@@ -212,6 +244,16 @@ def test_layers_have_the_parameters_and_the_cache_of_table_one(name):
     assert all(p.is_meta for p in layer.parameters())
     assert sum(p.numel() for p in layer.parameters()) == accounting.parameters(shape)
     assert layer.cache_layout.k_numbers + layer.cache_layout.v_numbers == accounting.cache_numbers(shape)
+
+
+@EVERY_NAME
+def test_the_accounting_counts_the_parameters_and_records_of_every_variant(name):
+    options = {key: value for key, value in OPTIONS[name].items() if key != "rope"}
+    sizes = {"hidden_size": d, "num_attention_heads": h, "head_dim": D}
+    config = ModelConfig(**sizes, q_rank=3, k_rank=2, v_rank=2, **options)
+    layer = TPAttention(d, h, D, 3, 2, 2, **options, device="meta")
+    assert sum(p.numel() for p in layer.parameters()) == params(config)
+    assert layer.cache_layout.k_numbers + layer.cache_layout.v_numbers == cache_numbers(config)
 
 
 @pytest.mark.parametrize("size", accounting.LAYERS)

@@ -10,6 +10,7 @@ from reference_layer import forward
 from test_reference_layer import LAYERS, D, d, h, hidden
 from torch.nn import functional
 
+from tpa_attention.torch.baselines import MLA
 from tpa_attention.torch.cache import FactorCache
 from tpa_attention.torch.layers import MAX_DECODE_TOKENS, TPAttention
 
@@ -282,3 +283,35 @@ def test_decoding_leaves_no_graph_in_the_cache_when_gradients_are_on():
     cache = cache_for(layer)
     in_chunks(layer, x, (1,) * 7, cache)
     assert not any(t.requires_grad for t in cache.state_dict().values())
+
+
+def decode_compiled(_rank, _world_size):
+    """Graphs that 20 compiled steps took, and how far they are from one pass, per layer."""
+    from torch._dynamo.testing import CompileCounter
+
+    layers = {
+        "tpa": TPAttention(16, 3, 8, 3, 2, 2, zero_init_output=False),
+        "shared": TPAttention(
+            16, 3, 8, 3, 2, 2, zero_init_output=False, shared_kv_b=True, factor_dims=(4, 2)
+        ),
+        "mla": MLA(16, 4, 8, 6, 6, 4, zero_init_output=False),
+    }
+    x = torch.randn(2, 20, 16, generator=torch.Generator().manual_seed(0))
+    found = {}
+    for name, layer in layers.items():
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        step = torch.compile(layer, fullgraph=True, backend=counter)
+        cache = FactorCache(layer, 2, 20, fixed_shape=True)
+        with torch.no_grad():
+            rows = torch.cat([step(x[:, t : t + 1], cache=cache) for t in range(20)], dim=1)
+            found[name] = (counter.frame_count, (rows - layer(x)).abs().max().item())
+    return found
+
+
+@pytest.mark.slow
+def test_a_cache_of_fixed_shape_is_compiled_once_for_all_steps(run_distributed):
+    (found,) = run_distributed(decode_compiled, 1, timeout=150)
+    for name, (graphs, error) in found.items():
+        assert graphs == 1, name
+        assert error < 5e-6, name  # float32, values of size 1

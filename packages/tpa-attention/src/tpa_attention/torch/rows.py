@@ -61,7 +61,7 @@ def rotate_blocks(
     if first == q.shape[-1]:
         return rope(q, positions, config)
     blocks = q.unflatten(-1, (-1, first)).flatten(2, 3)
-    return rope(blocks, positions, config).view(q.shape)
+    return rope(blocks, positions, config).reshape(q.shape)
 
 
 def expand(b: Float[Tensor, "#B #T R n"], widths: Sequence[int]) -> Float[Tensor, "#B #T R D"]:
