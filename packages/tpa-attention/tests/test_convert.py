@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import reference_conversion as truth
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from reference_baselines import grouped_attention
 from reference_layer import FactorMap, Layer, forward
 from reference_rope import Rope
@@ -145,6 +147,33 @@ def test_truncation_equals_the_reference_and_has_the_error_of_the_singular_value
     np.testing.assert_allclose(found.singular_values, sigma, rtol=RELATIVE)
     assert len(found.singular_values) == (6 if side == "q" else groups)
     assert not found.exact
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    groups=st.integers(1, 5),
+    share=st.integers(1, 3),
+    D=st.sampled_from([2, 4, 6]),
+    E=st.integers(1, 5),
+    width=st.integers(1, 12),
+    data=st.data(),
+)
+def test_any_shape_and_rank_has_the_error_that_its_singular_values_say(groups, share, D, E, width, data):
+    weights = heads(26, groups * share, groups, D, E, width)
+    ranks = {name: data.draw(st.integers(1, groups * share), name) for name in ("k_rank", "v_rank")}
+    layer, report = convert(weights, **ranks)
+    assert (layer.k_rank, layer.v_rank) == (ranks["k_rank"], ranks["v_rank"])
+    for name in ("k", "v"):
+        side, rank = getattr(report.layers[0], name), ranks[f"{name}_rank"]
+        w = truth.per_head(getattr(weights, name), groups * share)
+        error = relative(rebuilt(layer, name), w)
+        # what is cut away entirely leaves the rounding of an SVD
+        assert side.error_at(rank) == pytest.approx(error, rel=RELATIVE, abs=1e-13)
+        assert side.weight_error == pytest.approx(error, rel=RELATIVE, abs=1e-13)
+        assert side.exact == (rank >= groups)
+        assert not side.exact or error < 1e-15
+    x = tokens(27, 5, width)[None]
+    assert np.isfinite(output(layer, x)).all()
 
 
 @pytest.mark.parametrize("rope", list(ROPES))

@@ -97,9 +97,10 @@ def test_left_padding_and_a_static_cache_give_the_tokens_of_llama():
     assert torch.equal(generate(converted, ids, attention_mask=mask, cache_implementation="static"), expected)
 
 
-@pytest.mark.parametrize("name", ["GQA", "tied"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_converted_model_saves_as_safetensors_and_loads_as_t6(tmp_path, dtype, name):
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("GQA", torch.float32), ("tied", torch.bfloat16), ("yarn", torch.float32)]
+)
+def test_converted_model_saves_as_safetensors_and_loads_as_t6(tmp_path, name, dtype):
     converted, _ = convert_hf_llama(llama(name, dtype=dtype), 1, 2, q_rank=3)
     assert converted.dtype == dtype
     converted.save_pretrained(tmp_path)

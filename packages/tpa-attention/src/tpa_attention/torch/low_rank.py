@@ -141,7 +141,7 @@ def refine(
     X is linear in (c, W) for given V and the other way round. Each half step minimises the squared error plus
     a ridge on the distance from where it started, which leaves alone what few tokens do not determine. The
     normal equations are summed over tokens, sum_n g_n (x) x_n x_n^T with R x R matrices g_n, so that no
-    design matrix of N D or N h rows is formed.
+    design matrix of N D or N h rows is formed: they are R (d + 1) numbers square.
 
     Args:
         model: where to start.
