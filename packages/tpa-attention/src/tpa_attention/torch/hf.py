@@ -38,7 +38,7 @@ except ModuleNotFoundError as error:
 
 from tpa_attention.config import ModelConfig, preset
 
-from .hf_cache import RecordsInCache, all_valid, key_mask, key_positions, mask_length
+from .hf_cache import RecordsInCache, all_valid, is_static, key_mask, key_positions, mask_length
 from .model import (
     NOWHERE,
     check_input_ids,
@@ -139,7 +139,10 @@ def _reject_misspelt(options: dict[str, Any]) -> None:
 
 
 class T6PreTrainedModel(PreTrainedModel):
-    """What T6Model and T6ForCausalLM share."""
+    """What T6Model and T6ForCausalLM share.
+
+    `attn_implementation` of transformers changes nothing here: `config.impl` says how attention is computed.
+    """
 
     config: T6Config
     config_class = T6Config
@@ -180,7 +183,7 @@ class T6PreTrainedModel(PreTrainedModel):
         cache = context.get(CACHE_FIELD)
         if attention_mask is None or attention_mask.ndim != 2 or cache is None:
             return attention_mask
-        mask = key_mask(attention_mask, mask_length(cache, attention_mask[0]))
+        mask = key_mask(attention_mask, mask_length(cache, attention_mask[0]), static=True)
         return None if all_valid(mask) else mask
 
 
@@ -238,7 +241,7 @@ class T6Model(T6PreTrainedModel):
         keys = x.shape[1] if kept is None else mask_length(kept, slots)
         mask = attention_mask
         if mask is not None and mask.ndim == 2:
-            mask = key_mask(mask, keys)
+            mask = key_mask(mask, keys, static=kept is not None and is_static(kept))
         layer_cache = None
         if kept is not None:
             at = key_positions(slots, positions, mask, keys, x.shape[0]) if self._rotates_on_load else None
@@ -246,24 +249,27 @@ class T6Model(T6PreTrainedModel):
         if mask is not None and mask.ndim == 2 and all_valid(mask):
             mask = None
 
-        states = [x]
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        states = []
         for block in self.layers:
-            if self.gradient_checkpointing and self.training:
+            if wanted:
+                states.append(x)
+            if self._checkpointing:
                 x = self._gradient_checkpointing_func(block.__call__, x, positions, mask, layer_cache)
             else:
                 x = block(x, positions, mask, layer_cache)
-            states.append(x)
         x = self.norm(x)
-        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return BaseModelOutputWithPast(
-            last_hidden_state=x,
-            hidden_states=(*states[:-1], x) if wanted else None,
-            **cache_output(kept),
+            last_hidden_state=x, hidden_states=(*states, x) if wanted else None, **cache_output(kept)
         )
 
     @property
     def _rotates_on_load(self) -> bool:
         return model_cache_layout(self.layers).keep_positions
+
+    @property
+    def _checkpointing(self) -> bool:
+        return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
@@ -278,17 +284,16 @@ class T6Model(T6PreTrainedModel):
 
     def _cache_to_use(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
         """The cache given, a new one, or none; checkpointed blocks run twice and would append twice."""
-        checkpointing = self.gradient_checkpointing and self.training
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if cache is not None and checkpointing:
+        if cache is not None and self._checkpointing:
             raise ValueError("cache must be None under gradient checkpointing in training mode, got a cache")
         if self.config.kv_shift and (use_cache or cache is not None):
             raise ValueError(
                 "use_cache must be False under kv_shift: a Hugging Face cache has no place for the last "
                 "hidden state, got a cache or use_cache=True; T6 with a FactorCache decodes such models"
             )
-        wanted = use_cache and cache is None and not checkpointing
+        wanted = use_cache and cache is None and not self._checkpointing
         return DynamicCache(config=self.config) if wanted else cache
 
 

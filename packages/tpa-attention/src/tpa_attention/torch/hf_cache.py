@@ -83,10 +83,13 @@ def mask_length(cache: Cache, slots: Int[Tensor, " T"]) -> int:
     return int(cache.get_mask_sizes(new, 0)[0])
 
 
-def key_mask(mask: Tensor, length: int) -> Bool[Tensor, "B {length}"]:
+def key_mask(mask: Tensor, length: int, *, static: bool) -> Bool[Tensor, "B {length}"]:
     """True for valid keys; also beyond them in a static cache, whose lengths hide what is not filled."""
-    if mask.shape[1] > length:
-        raise ValueError(f"attention_mask must have shape (B, M) with M <= {length}, got {tuple(mask.shape)}")
+    if mask.shape[1] > length or (mask.shape[1] < length and not static):
+        raise ValueError(
+            f"attention_mask must have shape (B, M) with M {'<=' if static else '='} {length}, cached tokens "
+            f"included, got {tuple(mask.shape)}"
+        )
     return functional.pad(mask.to(torch.bool), (0, length - mask.shape[1]), value=True)
 
 
