@@ -1,0 +1,162 @@
+"""Eight-bit factors: their error bounds, and a cache of them that decodes in place."""
+
+import pickle
+
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tpa_attention.torch.cache import FactorCache, LayerCache
+from tpa_attention.torch.factors import RecordLayout
+from tpa_attention.torch.layers import TPAttention
+from tpa_attention.torch.quantization import TYPES, quantize_factors, quantize_rows
+from tpa_attention.torch.quantized_cache import QuantizedFactorCache
+
+RECORDS = RecordLayout(2, 3, 8), RecordLayout(1, 3, 6)
+# half a step of int8; half of the last of three bits of float8, or half of its smallest step below 2^-6
+BOUNDS = {
+    "int8": lambda _, scale: scale / 2,
+    "fp8_e4m3": lambda x, scale: torch.maximum(x.abs() / 16, scale / 1024),
+}
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def layer():
+    return TPAttention(16, 3, 8, q_rank=2, k_rank=2, v_rank=1, v_head_dim=6, zero_init_output=False)
+
+
+def caches(kind, batch=2, max_len=10, **options):
+    config = layer().cache_layout
+    return (
+        QuantizedFactorCache(config, batch, max_len, kind=kind, records=RECORDS, **options),
+        FactorCache(config, batch, max_len, **options),
+    )
+
+
+def records(batch, tokens, seed=0):
+    return tuple(normal(batch, tokens, layout.numbers, seed=seed + i) for i, layout in enumerate(RECORDS))
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 999), size=st.floats(1e-20, 1e20), width=st.integers(1, 40))
+def test_every_number_comes_back_within_the_bound_of_its_kind(kind, seed, size, width):
+    x = size * normal(3, width, seed=seed)
+    rows, scale = quantize_rows(x, kind)
+    assert rows.dtype == TYPES[kind]
+    error = (rows.float() * scale[:, None] - x).abs()
+    # 1e-5: the division and the product are rounded to float32
+    assert (error <= (1 + 1e-5) * BOUNDS[kind](x, scale[:, None]) + 1e-6 * x.abs()).all()
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_rows_of_zeros_stay_zero(kind):
+    rows, scale = quantize_rows(torch.zeros(2, 5), kind)
+    assert (rows.float() == 0).all()
+    assert (scale == 1).all()
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_the_scale_of_a_pair_is_the_product_of_both(kind):
+    a, b = normal(2, 3, 2, 5), normal(2, 3, 2, 8, seed=1)
+    small_a, small_b, scale = quantize_factors(a, b, kind)
+    torch.testing.assert_close(scale, quantize_rows(a, kind)[1] * quantize_rows(b, kind)[1])
+    assert torch.equal(small_a.float(), quantize_rows(a, kind)[0].float())
+    assert quantize_factors(None, b, kind)[0] is None
+    assert torch.equal(quantize_factors(None, b, kind)[2], quantize_rows(b, kind)[1])
+    with pytest.raises(ValueError, match="a or b must be given"):
+        quantize_factors(None, None, kind)
+    with pytest.raises(ValueError, match="kind must be one of 'int8', 'fp8_e4m3', got 'int4'"):
+        quantize_factors(a, b, "int4")
+    assert small_b.shape == b.shape
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_decoding_in_place_equals_the_reference_on_what_was_stored(kind):
+    cache, _ = caches(kind)
+    for step, tokens in enumerate((5, 1, 2)):
+        cache.write(0, *records(2, tokens, seed=step))
+    cache.crop(torch.tensor([8, 3]))
+    cache.write(0, *records(2, 1, seed=9))
+    k, v, _ = cache.append(0, *(r[:, :0] for r in records(2, 1)))
+    (ak, bk), (av, bv) = (layout.views(r) for layout, r in zip(RECORDS, (k, v), strict=True))
+    aq, bq = normal(2, 1, 2, 3, seed=20), normal(2, 1, 2, 8, seed=21)
+    out, lse = cache.decode(0, aq, bq, window=5)
+    expected, expected_lse = reference.flash_decode(
+        *(factor.double().numpy() for factor in (aq, bq, ak, bk, av, bv)),
+        seq_lens=cache.seq_lens.numpy(),
+        window=5,
+    )
+    # float32 sums of a few products
+    torch.testing.assert_close(out.double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse.double(), torch.from_numpy(expected_lse), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "error"), [("int8", 0.02), ("fp8_e4m3", 0.12)])
+def test_a_layer_decodes_nearly_as_without_quantisation(kind, error):
+    attention = layer()
+    x = normal(2, 6, 16)
+    with torch.no_grad():
+        expected = attention(x)
+        cache = QuantizedFactorCache(attention, 2, 6, kind=kind)
+        rows = torch.cat([attention(x[:, t : t + 1], cache=cache) for t in range(6)], dim=1)
+    assert isinstance(cache, LayerCache)
+    # A and B of keys and values are each off by 1/254 (int8) or 1/16 (float8) at most, relative to their rows
+    assert (rows - expected).norm() <= error * expected.norm()
+    assert not torch.equal(rows, expected)
+
+
+def test_bytes_count_records_and_scales():
+    cache, plain = caches("int8")
+    per_token = 32 + 16 + 4 * 2 + 4 * 1  # 22 and 9 bytes padded to 16, three float32 scales
+    assert cache.nbytes == 2 * 10 * per_token
+    assert plain.nbytes == 2 * 10 * (24 + 12) * 4
+
+
+@pytest.mark.parametrize("fixed_shape", [False, True])
+def test_beams_state_and_pickle_keep_records_with_their_scales(fixed_shape):
+    cache, _ = caches("int8", batch=3, fixed_shape=fixed_shape)
+    k, v = records(3, 4)
+    before = cache.append(0, k * torch.tensor([1.0, 10.0, 100.0])[:, None, None], v)
+    loaded, _ = caches("int8", batch=3, fixed_shape=fixed_shape)
+    loaded.load_state_dict(cache.state_dict())
+    nothing = tuple(r[:, :0] for r in records(3, 1))
+    for copy in (loaded, pickle.loads(pickle.dumps(cache))):  # noqa: S301  our own bytes
+        assert torch.equal(copy.append(0, *nothing)[0], before[0])
+    cache.reorder(torch.tensor([2, 0, 0]))
+    for now, then in zip(cache.append(0, *nothing)[:2], before[:2], strict=True):
+        assert torch.equal(now, then[[2, 0, 0]])
+    half = loaded.to(dtype=torch.bfloat16)
+    assert half.append(0, *nothing)[0].dtype == torch.bfloat16
+    assert half.nbytes == cache.nbytes
+
+
+def test_a_full_cache_refuses_and_stays_as_it_was():
+    cache, _ = caches("int8", max_len=3)
+    cache.append(0, *records(2, 2))
+    state = cache.state_dict()
+    with pytest.raises(ValueError, match="cache of capacity 3 holds 2 tokens of layer 0"):
+        cache.write(0, *records(2, 2, seed=5))
+    with pytest.raises(ValueError, match="k must have shape"):
+        cache.write(0, records(2, 1)[0][..., :5], records(2, 1)[1])
+    assert all(torch.equal(x, state[name]) for name, x in cache.state_dict().items())
+
+
+def test_records_that_do_not_fit_the_layout_are_refused():
+    config = layer().cache_layout
+    with pytest.raises(TypeError, match="records must be two RecordLayouts"):
+        QuantizedFactorCache(config, 1, 4)
+    with pytest.raises(ValueError, match=r"records must hold 22 and 9 numbers, got \(22, 11\)"):
+        QuantizedFactorCache(config, 1, 4, records=(RECORDS[0], RecordLayout(1, 3, 8)))
+    with pytest.raises(ValueError, match="kind must be one of"):
+        QuantizedFactorCache(config, 1, 4, records=RECORDS, kind="int2")
+    free = TPAttention(16, 3, 8, q_rank=2, k_rank=1, v_rank=1, variant="noncontextual_a")
+    cache = QuantizedFactorCache(free, 1, 4)
+    cache.write(0, normal(1, 1, 8), normal(1, 1, 8))
+    with pytest.raises(ValueError, match="records must hold both factors"):
+        cache.decode(0, normal(1, 1, 2, 3), normal(1, 1, 2, 8))
