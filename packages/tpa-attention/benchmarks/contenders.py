@@ -157,6 +157,9 @@ def tpa_step(work: Workload, ranks: tuple[int, ...], form: str, draw: Random) ->
     given = caches
     if form == "paged":
         given, options["block_table"] = paged(caches)
+        options["seq_lens"] = torch.full(
+            (B,), M, dtype=torch.int32, device=draw.device
+        )  # the last page has room
     elif form == "ragged":
         lens = torch.linspace(M, 1, B).round().int()
         first, read = int(lens[0]), int(lens.sum())
