@@ -32,7 +32,7 @@ def both(result):
 
 
 @pytest.mark.parametrize("impl", ATTENTION)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     shape=shapes(),
     causal=st.booleans(),
@@ -68,7 +68,7 @@ def test_attention_equals_the_reference(impl, shape, causal, window, scale, rank
 
 
 @pytest.mark.parametrize("impl", DECODING)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     shape=shapes(max_queries=16, max_keys=20),
     window=st.sampled_from([None, 1, 3]),

@@ -44,7 +44,7 @@ def test_worked_decode_agrees_with_the_specification(decode):
     np.testing.assert_allclose(lse[0, 0], WORKED_LSE, rtol=0, atol=PRINTED)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     shape=shapes(),
     causal=st.booleans(),

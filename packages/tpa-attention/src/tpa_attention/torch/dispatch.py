@@ -57,8 +57,10 @@ def by_kernel(
     rank_scale: bool,
 ) -> tuple[Tensor, Tensor]:
     """The operator `tpa::decode`, which takes whole factors of logits and outputs and an expanded bias."""
-    from tpa_attention.torch import ops  # Triton is imported when it is used
-
+    if bq.device.type == "cuda":
+        from tpa_attention.torch.ops import decode
+    else:  # interpreted, see `kernel_problem`; the operator has no kernel for the CPU
+        from tpa_attention.torch.kernels.decode import decode_triton as decode
     factor = logit_scale(scale, bq.shape[-1]) * rank_factor(aq, rank_scale) * rank_factor(ak, rank_scale)
     M = ak.shape[1] * (1 if block_table is None else block_table.shape[1])
     mask, bias = split_mask(attn_bias)
@@ -66,7 +68,7 @@ def by_kernel(
         bias = torch.where(mask, 0.0, -torch.inf)
     if bias is not None:
         bias = bias.expand(bq.shape[0], ak.shape[3], bq.shape[1], M)
-    return ops.decode(
+    return decode(
         *(aq, bq, ak, bk, av, bv, seq_lens, block_table, bias, window),
         scale=factor,
         out_scale=rank_factor(av, rank_scale),

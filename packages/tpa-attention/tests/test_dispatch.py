@@ -1,0 +1,69 @@
+"""Which implementation answers, and that kernels get whole factors of logits and outputs."""
+
+import numpy as np
+import pytest
+import torch
+from attention_cases import draw, expected_decode, records, tensors
+
+from tpa_attention.torch import dispatch
+from tpa_attention.torch.functional import tpa_decode, tpa_decode_factors
+
+SINGLE = 2e-5  # float32 arithmetic of logits below 50: 2^-24 * 50 * a few
+
+
+def errors_of_kernels():
+    """Largest errors of impl="triton" against the NumPy truth: factors, records and pages."""
+    found = []
+    lens = np.array([9, 4])
+    bias = np.random.default_rng(0).normal(size=(2, 1, 1, 9))
+    for rank_scale in (True, False):
+        for kv_only in (True, False):
+            factors = draw(0, T=2, M=9, kv_only=kv_only)
+            aq, bq, *kv = tensors(factors, torch.float32)
+            cache_k, cache_v, sizes = records(*kv)
+            keywords = {"seq_lens": torch.from_numpy(lens).int(), "rank_scale": rank_scale, "impl": "triton"}
+            allowed = np.where(bias > 0, 0, -np.inf)
+            pages = [cache.flatten(0, 1).unflatten(0, (-1, 3)) for cache in (cache_k, cache_v)]
+            table = torch.arange(6, dtype=torch.int32).view(2, 3)
+            pairs = [
+                (tpa_decode_factors(aq, bq, *kv, attn_bias=torch.from_numpy(bias > 0), **keywords), allowed),
+                (tpa_decode(aq, bq, cache_k, cache_v, window=3, **sizes, **keywords), None),
+                (tpa_decode(aq, bq, *pages, block_table=table, **sizes, **keywords), None),
+            ]
+            for (out, b), window in zip(pairs, (None, 3, None), strict=True):
+                expected = expected_decode(factors, lens, bias=b, window=window, rank_scale=rank_scale)
+                found.append(float(np.abs(out.double().numpy() - expected[0]).max()))
+    return found
+
+
+def test_kernels_give_what_the_reference_gives(triton_interpreter):
+    found = triton_interpreter(errors_of_kernels, timeout=120)
+    assert len(found) == 12
+    assert max(found) <= SINGLE
+
+
+def test_auto_decodes_in_blocks_on_the_cpu():
+    assert dispatch.chosen("auto", torch.ones(1)) == "blockwise"
+
+
+@pytest.mark.parametrize("impl", ["reference", "sdpa", "flex", "blockwise"])
+def test_a_name_is_what_is_chosen(impl):
+    assert dispatch.chosen(impl, None, torch.ones(1)) == impl
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dtype", "needs_gradient", "expected"),
+    [
+        (torch.bfloat16, False, "triton"),
+        (torch.float32, False, "triton"),
+        (torch.float64, False, "blockwise"),
+        (torch.float32, True, "blockwise"),
+    ],
+)
+def test_auto_takes_the_kernel_where_type_and_gradient_allow(dtype, needs_gradient, expected):
+    pytest.importorskip("triton")
+    x = torch.ones(1, device="cuda", dtype=dtype, requires_grad=needs_gradient)
+    assert dispatch.chosen("auto", None, x) == expected
+    with torch.no_grad():
+        assert dispatch.chosen("auto", x) == ("blockwise" if dtype == torch.float64 else "triton")
