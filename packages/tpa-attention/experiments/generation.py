@@ -6,7 +6,6 @@ the same and logits, in float32, as good as the same.
 """
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 
@@ -18,6 +17,7 @@ from tenfold_tools.workloads import token_batches, train
 from tpa_attention.config import ModelConfig
 from tpa_attention.torch.cache import FactorCache, LayerCache
 from tpa_attention.torch.model import T6
+from tpa_attention.torch.paged_cache import PagedFactorCache
 
 CONFIG = ModelConfig(
     vocab_size=256,
@@ -31,6 +31,7 @@ CONFIG = ModelConfig(
     max_position_embeddings=256,
 )
 PROMPTS, PROMPT, NEW = 3, 40, 48  # prefilled by attention, since more than 16 tokens, then decoded one by one
+PAGE = 16  # tokens of a block: a text spans several
 
 
 @dataclass(frozen=True)
@@ -123,16 +124,16 @@ def caches(scale: str, device: str) -> tuple[dict[str, Callable[[T6, Tensor], Gr
     def static(model: T6, ids: Tensor) -> Greedy:
         return with_cache(model, ids, FactorCache(CONFIG, PROMPTS, room, device, fixed_shape=True))
 
+    def paged(model: T6, ids: Tensor) -> Greedy:
+        blocks = PROMPTS * -(-room // PAGE)
+        return with_cache(model, ids, PagedFactorCache(model, blocks, PAGE, batch=PROMPTS, device=device))
+
     ways: dict[str, Callable[[T6, Tensor], Greedy]] = {
         "FactorCache": contiguous,
         "FactorCache, static": static,
+        "PagedFactorCache": paged,
     }
     missing = []
-    paged = paged_cache(room, device)
-    if paged is None:
-        missing.append("PagedFactorCache is not in this version")
-    else:
-        ways["PagedFactorCache"] = lambda model, ids: with_cache(model, ids, paged())
     if scale != "quick":
         if find_spec("transformers") is None:
             missing.append("transformers is not installed")
@@ -142,18 +143,3 @@ def caches(scale: str, device: str) -> tuple[dict[str, Callable[[T6, Tensor], Gr
                     model, ids, name
                 )
     return ways, missing
-
-
-def paged_cache(room: int, device: str) -> Callable[[], LayerCache] | None:
-    """Makes a paged cache of small blocks, so that a text spans several; None where there is none."""
-    with suppress(ModuleNotFoundError):
-        from tpa_attention.torch.paged_cache import PagedFactorCache
-
-        size = 16
-        blocks = PROMPTS * -(-room // size)
-
-        def make() -> LayerCache:
-            return PagedFactorCache(CONFIG, PROMPTS, blocks, size, device=device)
-
-        return make
-    return None
