@@ -54,6 +54,65 @@ def test_every_number_comes_back_within_the_bound_of_its_kind(kind, seed, size, 
     assert (error <= (1 + 1e-5) * BOUNDS[kind](x, scale[:, None]) + 1e-6 * x.abs()).all()
 
 
+def quantise_interpreted(x, kind):
+    from tpa_attention.torch.kernels.quant import quantize_rows_triton
+
+    rows, scale = quantize_rows_triton(x, TYPES[kind], {"int8": 127.0, "fp8_e4m3": 448.0}[kind])
+    return rows.float(), scale
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_the_kernel_gives_the_same_rows_and_scales(triton_interpreter, kind):
+    x = normal(3, 5, 2, 47)[..., ::2]  # strided
+    x[0, 0, 0] = 0
+    rows, scale = triton_interpreter(quantise_interpreted, x, kind)
+    expected, expected_scale = quantize_rows(x, kind)
+    assert torch.equal(scale, expected_scale)
+    differ = rows != expected.float()
+    if kind == "fp8_e4m3":  # the interpreter loses the carry of a number that is rounded up to a power of two
+        differ &= expected.float().abs().log2() % 1 != 0
+    assert not differ.any()
+    x[0, 0, 1, 3] = torch.nan
+    assert triton_interpreter(quantise_interpreted, x, kind)[1][0, 0].isnan().tolist() == [False, True]
+
+
+@pytest.mark.slow  # seconds per kernel
+@pytest.mark.parametrize(("kind", "name"), [("int8", "i8"), ("fp8_e4m3", "fp8e4nv")])
+def test_the_kernel_compiles_for_cuda(kind, name, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns while it is unset
+    triton = pytest.importorskip("triton", reason="needs triton, which is optional")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from tpa_attention.torch.kernels.quant import _quantize_rows
+
+    constants = {"N": 64, "WIDTH": 64, "BLOCK": 32, "ROUND": kind == "int8", "stride_n": 1}
+    types = {"x": "*bf16", "rows": "*" + name, "scales": "*fp32", "largest": "fp32"}
+    signature = {
+        argument: "constexpr" if argument in constants else types.get(argument, "i32")
+        for argument in _quantize_rows.arg_names
+    }
+    code = triton.compile(ASTSource(_quantize_rows, signature, constants), target=GPUTarget("cuda", 90, 32))
+    assert ("e4m3" in code.asm["ptx"]) == (kind == "fp8_e4m3")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", TYPES)
+def test_the_kernel_gives_the_same_rows_and_scales_on_the_gpu(kind):
+    x = normal(3, 500, 2, 47).cuda()
+    rows, scale = quantize_rows(x, kind)
+    expected, expected_scale = quantize_rows(x.cpu(), kind)
+    assert torch.equal(scale.cpu(), expected_scale)
+    # the quotient may be rounded another way: then the last place differs
+    assert ((rows.cpu().float() - expected.float()).abs() <= expected.float().abs() / 8 + 1).all()
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_torch_library_finds_nothing_wrong(kind):
+    torch.library.opcheck(torch.ops.tpa.quantize_rows.default, (normal(2, 3, 8), kind))
+
+
 @pytest.mark.parametrize("kind", TYPES)
 def test_rows_of_zeros_stay_zero(kind):
     rows, scale = quantize_rows(torch.zeros(2, 5), kind)

@@ -10,6 +10,8 @@ Source: symmetric absmax rows as in Dettmers et al. 2022 (arXiv 2208.07339), Sec
 Micikevicius et al. 2022 (arXiv 2209.05433), Table 1.
 """
 
+import importlib.util
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -18,11 +20,14 @@ TYPES = {"int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}
 _LARGEST = {"int8": 127.0, "fp8_e4m3": 448.0}
 
 
-def quantize_rows(x: Float[Tensor, "*rows n"], kind: str) -> tuple[Tensor, Float[Tensor, "*rows"]]:
-    """Rows in eight bits and the float32 scale of each; a row of zeros has scale 1.
+@torch.library.custom_op("tpa::quantize_rows", mutates_args=())
+def quantize_rows(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Rows (.., n) in eight bits and the float32 scale (..) of each; a row of zeros has scale 1.
+
+    On CUDA this is one Triton kernel where Triton is installed.
 
     Args:
-        x: finite numbers; NaN or inf makes NaN of its row.
+        x: finite floating numbers; NaN or inf makes NaN of its row.
         kind: "int8" or "fp8_e4m3".
 
     Raises:
@@ -31,7 +36,27 @@ def quantize_rows(x: Float[Tensor, "*rows n"], kind: str) -> tuple[Tensor, Float
     Source: Dettmers et al. 2022, Section 2.
     """
     check_kind(kind)
-    wide = x.to(torch.float32)
+    return _quantize_plainly(x, kind)
+
+
+@quantize_rows.register_kernel("cuda")
+def _quantize_on_cuda(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    check_kind(kind)
+    if x.dtype == torch.float64 or x.shape[-1] == 0 or importlib.util.find_spec("triton") is None:
+        return _quantize_plainly(x, kind)
+    from tpa_attention.torch.kernels.quant import quantize_rows_triton
+
+    return quantize_rows_triton(x, TYPES[kind], _LARGEST[kind])
+
+
+@quantize_rows.register_fake
+def _quantized_shapes(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    check_kind(kind)
+    return x.new_empty(x.shape, dtype=TYPES[kind]), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+def _quantize_plainly(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    wide = x.to(torch.float32).contiguous()
     largest = wide.abs().amax(-1) if x.shape[-1] else wide.new_zeros(x.shape[:-1])
     scale = torch.where(largest == 0, 1.0, largest / _LARGEST[kind])
     rows = wide / scale.unsqueeze(-1)

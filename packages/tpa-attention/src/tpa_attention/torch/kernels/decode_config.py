@@ -23,7 +23,7 @@ _REGISTERS = 48  # float32 numbers per thread of output and logits tiles; more, 
 _MAX_ROWS = 128
 _MAX_COLUMNS = 64  # rows of B_Q in one tile of the factored form
 _MIN_TILES = 4  # per split: the query's tile and the partial result must be worth it
-_PROGRAMS_PER_PROCESSOR = 4  # two at a time, twice: ragged lengths leave some of them without work
+_PROGRAMS_PER_PROCESSOR = 3  # two run at a time; ragged lengths leave some of them without work
 
 
 @dataclass(frozen=True)
@@ -99,17 +99,17 @@ def choose_cut(device: str, shape: Shape) -> Cut:
 
 
 def prefers_factored(shape: Shape, block_rows: int) -> bool:
-    """Whether scores from the factors of Q cost less than from q, in whole tiles of 16.
+    """Whether scores from the factors of Q cost less than from q, in the tiles that are multiplied.
 
     Per cached token and rank of K, a program with n queries multiplies n R_Q rows of B_Q with D numbers and
     mixes them into its rows: n R_Q (D + rows) against rows D. For one query this is R_Q (D + h) < h D.
 
-    Source: Appendix A.4; section "Flash decoding" of the paper.
+    Source: Zhang et al. 2025, Appendix A.4.
     """
     if shape.q_rank is None:
         return False
     columns = padded(queries_per_program(shape.heads, block_rows, shape.queries) * shape.q_rank)
-    rows, features = min(block_rows, padded_rows(shape)), -(-shape.head_dim // 16) * 16
+    rows, features = min(block_rows, padded_rows(shape)), padded(shape.head_dim)
     return columns <= _MAX_COLUMNS and columns * (features + rows) < rows * features
 
 
