@@ -1,9 +1,9 @@
 """The cache of the T6 family: its bytes, and the time to append a token and to decode one.
 
 One attention layer of a trained size per mechanism, with M tokens in a `FactorCache`. "append" writes the
-record of one token; "step" is the whole layer on one new token: projections, append, attention, W^O. The
-table adds the numbers that a token occupies and the bytes of the whole model's cache, and relates them to
-MHA's.
+record of one token, for TPA into pages and into eight bits too; "step" is the whole layer on one new token:
+projections, append, attention, W^O. The table adds the numbers that a token occupies and the bytes of the
+whole model's cache, and relates them to MHA's.
 
 Sets with the same size and different M show what grows with the length of the text: nothing is recomputed.
 
@@ -17,15 +17,19 @@ from typing import Any
 
 import torch
 from memory import threads
+from torch import nn
 
 from tenfold_tools.bench import Comparison, Options, Row, main
 from tpa_attention import accounting
 from tpa_attention.config import ModelConfig, preset
 from tpa_attention.torch.cache import FactorCache
 from tpa_attention.torch.model import attention
+from tpa_attention.torch.paged_cache import PagedFactorCache
+from tpa_attention.torch.quantized_cache import QuantizedFactorCache
 
 BASELINE = "mha, step"
 MECHANISMS = ("mha", "mqa", "gqa", "mla", "kvonly", "tpa")
+PAGE = 64  # tokens of a block
 SLACK = 4096  # tokens that the calls of one timing may append
 DESCRIPTION = "Bytes of the T6 family's caches, and the time to append and to decode one token, per layer."
 
@@ -63,12 +67,14 @@ class Layer:
 
     Attributes:
         config: the model it belongs to.
+        module: the layer itself.
         step: the layer on one new token.
         append: the cache alone on one record.
         cache: of this layer.
     """
 
     config: ModelConfig
+    module: nn.Module
     step: Callable[[], Any]
     append: Callable[[], Any]
     cache: FactorCache
@@ -89,11 +95,15 @@ def measure(name: str, options: Options) -> Comparison:
     for mechanism, layer in layers.items():
         calls[f"{mechanism}, step"] = layer.step
         calls[f"{mechanism}, append"] = layer.append
+    others = other_caches(work, layers["tpa"], options.device, dtype)
+    calls |= {name: write for name, (write, _) in others.items()}
 
     def back() -> None:
         """Every cache holds M tokens again."""
         for layer in layers.values():
             layer.cache.crop(work.tokens)
+        for _, cache in others.values():
+            cache.crop(work.tokens)
 
     with torch.no_grad(), threads(None if on_gpu else 1):
         comparison = options.compare(
@@ -108,7 +118,8 @@ def measure(name: str, options: Options) -> Comparison:
         return layers[row.name.split(",")[0]].config
 
     def size(row: Row) -> float:
-        return accounting.cache_bytes(config(row), work.batch, work.tokens, item) / 2**20
+        kind = "int8" if "int8" in row.name else None
+        return accounting.cache_bytes(config(row), work.batch, work.tokens, item, kind) / 2**20
 
     mha = accounting.cache_numbers(layers["mha"].config)
     columns: dict[str, Callable[[Row], str]] = {
@@ -140,7 +151,29 @@ def build(work: Workload, mechanism: str, device: str, dtype: torch.dtype) -> La
     cache.append(0, *records(work.tokens))
     x = torch.randn(work.batch, 1, config.hidden_size, generator=generator, device=device, dtype=dtype)
     one = records(1)
-    return Layer(config, lambda: layer(x, cache=cache), lambda: cache.append(0, *one), cache)
+    return Layer(config, layer, lambda: layer(x, cache=cache), lambda: cache.append(0, *one), cache)
+
+
+def other_caches(
+    work: Workload, layer: Layer, device: str, dtype: torch.dtype
+) -> dict[str, tuple[Callable[[], Any], Any]]:
+    """TPA's records in pages and in eight bits: name -> (write one token, the cache that holds M)."""
+    room = work.tokens + SLACK
+    blocks = work.batch * -(-room // PAGE)
+    caches: dict[str, Any] = {
+        "tpa, append paged": PagedFactorCache(
+            layer.module, blocks, PAGE, batch=work.batch, device=device, dtype=dtype
+        ),
+        "tpa, append int8": QuantizedFactorCache(layer.module, work.batch, room, device=device, dtype=dtype),
+    }
+    widths = (layer.cache.layout.k_numbers, layer.cache.layout.v_numbers)
+    one, many = (
+        [torch.ones(work.batch, tokens, width, device=device, dtype=dtype) for width in widths]
+        for tokens in (1, work.tokens)
+    )
+    for cache in caches.values():
+        cache.write(0, *many)
+    return {name: (lambda cache=cache: cache.write(0, *one), cache) for name, cache in caches.items()}
 
 
 if __name__ == "__main__":

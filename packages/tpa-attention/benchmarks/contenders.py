@@ -19,8 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tpa_attention.accounting import QUANTISED
+from tpa_attention.torch.cache import CacheLayout
 from tpa_attention.torch.factors import RecordLayout
 from tpa_attention.torch.functional import tpa_decode
+from tpa_attention.torch.quantized_cache import QuantizedFactorCache
 
 BASELINE = "TPA (16,1,1)"
 PAGE = 64  # tokens of a block of the paged cache
@@ -131,6 +134,8 @@ def contenders(work: Workload, device: str, dtype: torch.dtype) -> dict[str, Con
     }
     if work.batch > 1:
         lineup["TPA (16,1,1), ragged"] = tpa(16, 1, 1, form="ragged")
+    if device.startswith("cuda"):  # elsewhere the operator computes plainly, on numbers it has widened
+        lineup |= {f"TPA (16,1,1), {kind}": tpa(16, 1, 1, form=kind) for kind in QUANTISED}
     return lineup
 
 
@@ -138,12 +143,14 @@ def contenders(work: Workload, device: str, dtype: torch.dtype) -> dict[str, Con
 
 
 def tpa_step(work: Workload, ranks: tuple[int, ...], form: str, draw: Random) -> Step:
-    """Decoding from records: contiguous, on shuffled pages, or with lengths spread evenly over 1 .. M.
+    """Decoding from records: contiguous, on shuffled pages, in eight bits, or with lengths from 1 to M.
+
+    The error of eight bits is that of rounding the cache: the truth reads the records as they were.
 
     Args:
         work: sizes.
         ranks: (R_Q, R_K, R_V); R_Q = 0 for a full Q.
-        form: "", "paged" or "ragged".
+        form: "", "paged", "ragged", "int8" or "fp8_e4m3".
         draw: source of the numbers.
     """
     B, M, h, D = work.batch, work.tokens, work.heads, work.width
@@ -177,6 +184,17 @@ def tpa_step(work: Workload, ranks: tuple[int, ...], form: str, draw: Random) ->
             heads.append(attention(q[None], k, v, D**-0.5)[0])
         return torch.stack(heads)
 
+    if form in QUANTISED:
+        numbers = [layout.numbers for layout in layouts]
+        eight = QuantizedFactorCache(
+            *(CacheLayout(1, *numbers), B, M),
+            kind=form,
+            records=layouts,
+            device=draw.device,
+            dtype=draw.dtype,
+        )
+        eight.write(0, *caches)
+        return Step(lambda: eight.decode(0, aq, bq)[0], truth, eight.nbytes)
     width = sum(cache.shape[-1] for cache in caches)
     return Step(lambda: tpa_decode(aq, bq, *given, **options), truth, read * width * draw.dtype.itemsize)
 

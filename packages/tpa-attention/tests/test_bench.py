@@ -76,6 +76,18 @@ def test_every_step_agrees_with_its_float64_truth(modules, batch):
         assert step.error() < ROUNDING, name
 
 
+@pytest.mark.parametrize("kind", ["int8", "fp8_e4m3"])
+def test_eight_bits_decode_with_the_error_of_rounding_the_cache(modules, kind):
+    work = modules.contenders.Workload(150, 2, heads=6, width=8)
+    step = modules.contenders.tpa_step(
+        work, (16, 1, 1), kind, modules.contenders.Random("cpu", torch.float32)
+    )
+    # outputs are of size 0.3; int8 rounds to 1/254 of a row's largest number, fp8 to 1/16 of each number
+    assert ROUNDING < step.error() < (0.03 if kind == "int8" else 0.1)
+    # rows of 14 numbers on 16 bytes and a scale of 4, for K and for V
+    assert step.bytes == 2 * 150 * 2 * (16 + 4)
+
+
 def test_a_wrong_step_shows_in_the_error(modules):
     work = modules.contenders.Workload(150, heads=6, width=8, groups=3, latent=16, rotary=4)
     step = modules.contenders.contenders(work, "cpu", torch.float32)["MHA, SDPA"].build()
@@ -234,7 +246,7 @@ def test_the_cache_benchmark_times_append_and_step_of_the_family(modules):
     names = {
         f"{m}, {what}" for m in ("mha", "mqa", "gqa", "mla", "kvonly", "tpa") for what in ("append", "step")
     }
-    assert {row.name for row in got.rows} == names
+    assert {row.name for row in got.rows} == names | {"tpa, append paged", "tpa, append int8"}
     assert [row.error for row in got.rows if row.error is not None] == []
     numbers = {row.name.split(",")[0]: int(row.extra["numbers per token"]) for row in got.rows}
     assert numbers == {"mha": 1536, "mqa": 128, "gqa": 256, "mla": 288, "kvonly": 344, "tpa": 392}
