@@ -3,6 +3,7 @@
 import json
 import re
 
+import jaxtyping
 import pytest
 import torch
 import transformers
@@ -392,6 +393,15 @@ def test_misspelt_and_impossible_options_are_refused():
 # ------------------------------------------------------------------------------------------------ bad input
 
 
+@pytest.fixture
+def unchecked():
+    """Without the check of annotations, which would raise before the package's own message."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.usefixtures("unchecked")
 def test_bad_calls_are_refused_before_a_cache_changes():
     model, ids = build(), prompt(2, 4)
     cache = DynamicCache(config=model.config)

@@ -1,5 +1,6 @@
 """T6 in torch alone against its float64 reference, its counts against the specification, and its parts."""
 
+import jaxtyping
 import numpy as np
 import pytest
 import reference_layer
@@ -325,6 +326,15 @@ def test_param_groups_leave_out_frozen_parameters():
 # ----------------------------------------------------------------------------------------------- bad input
 
 
+@pytest.fixture
+def unchecked():
+    """Without the check of annotations, which would raise before the package's own message."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.usefixtures("unchecked")
 def test_bad_arguments_are_named():
     model = tiny()
     with pytest.raises(TypeError, match=r"input_ids must be integers, got torch.float32"):
