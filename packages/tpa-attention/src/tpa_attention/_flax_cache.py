@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from . import _checks
-from ._flax_maps import assign
+from ._flax_versions import assign, module_list
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,13 @@ class LayerCache(nnx.Module):
 
     def append(
         self,
-        ak: Float[Array, "B T RK H"] | None,
-        bk: Float[Array, "B T RK D"] | None,
-        av: Float[Array, "B T RV H"] | None,
-        bv: Float[Array, "B T RV E"] | None,
+        ak: Float[Array, "#B #T RK H"] | None,
+        bk: Float[Array, "#B #T RK D"] | None,
+        av: Float[Array, "#B #T RV H"] | None,
+        bv: Float[Array, "#B #T RV E"] | None,
         positions: Int[Array, "B T"],
     ) -> Bool[Array, " B"]:
-        """Write the tokens behind those of each sequence; None for what is not kept.
+        """Write the tokens behind those of each sequence; factors that are not kept are passed over.
 
         Returns:
             Whether a sequence had room for all of them. Inside `jit`, where nothing can be raised, tokens
@@ -115,7 +115,7 @@ class FactorCache(nnx.Module):
     """
 
     def __init__(self, layers: Sequence[LayerCache]) -> None:
-        self.layers = nnx.List(layers)
+        self.layers = module_list(layers)
 
     @property
     def lengths(self) -> Int[Array, " B"]:

@@ -22,8 +22,9 @@ from jaxtyping import Array, Float, Int
 from ._flax_cache import CacheShapes, LayerCache
 from ._flax_checks import given_positions, key_mask, layer_options
 from ._flax_kv_shift import KVShift
-from ._flax_maps import FactorMap, HeadLinear, assign, drawn, init_a, init_b, xavier_bound
+from ._flax_maps import FactorMap, HeadLinear, drawn, init_a, init_b, xavier_bound
 from ._flax_norm import RMSNorm, rms_norm
+from ._flax_versions import assign
 from ._jax_decode import MAX_DECODE_TOKENS, CachedSizes, KeyValueFactors, Load, attend_chunks
 from ._jax_masks import split_mask
 from ._jax_rope import rope as apply_rope

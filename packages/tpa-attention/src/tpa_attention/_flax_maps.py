@@ -26,6 +26,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from ._flax_versions import assign
+
 NORMAL_STD = 0.02
 
 
@@ -111,22 +113,6 @@ class HeadLinear(nnx.Module):
         """Features in and out."""
         shape = self.kernel.shape
         return (prod(shape[:2]), shape[2]) if self.reads_heads else (shape[0], prod(shape[1:]))
-
-
-def held(variable: nnx.Variable) -> Any:
-    """The array of a variable, or its shape and type in a module made by `nnx.eval_shape`.
-
-    flax 0.12 calls it `get_value` and warns about the attribute that earlier versions have.
-    """
-    return variable.get_value() if hasattr(nnx.Variable, "get_value") else variable.value
-
-
-def assign(variable: nnx.Variable, value: Array) -> None:
-    """Replace the value of a variable, of another type or placement too; see `held`."""
-    if hasattr(nnx.Variable, "set_value"):
-        variable.set_value(value)
-    else:
-        variable.value = value
 
 
 # ----------------------------------------------------------------------------------------- initial values

@@ -25,6 +25,7 @@ from ._flax_cache import FactorCache, LayerCache
 from ._flax_layer import TPAttention
 from ._flax_maps import drawn
 from ._flax_norm import RMSNorm
+from ._flax_versions import module_list
 from .config import ModelConfig
 
 LAYER_OPTIONS = (
@@ -117,7 +118,7 @@ class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, **options: Any) -> None:
         self.dtype, self.param_dtype = options["dtype"], options["param_dtype"]
         self.embed_tokens = Embedding(config, self.param_dtype, rngs)
-        self.layers = nnx.List(
+        self.layers = module_list(
             [T6Block(config, rngs=rngs, **options) for _ in range(config.num_hidden_layers)]
         )
         self.norm = _block_norm(config, self.param_dtype)

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ._flax_maps import assign, held
+from ._flax_versions import assign, held
 
 Module = TypeVar("Module", bound=nnx.Module)
 TIED = ("lm_head.weight", "model.embed_tokens.weight")

@@ -1,6 +1,7 @@
 """Which key a query may attend to, as JAX arrays of four axes (B, H, T, M): True = attend, everywhere."""
 
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 
@@ -19,7 +20,7 @@ def both(first: Bool[Array, "..."] | None, second: Bool[Array, "..."] | None) ->
 
 
 def split_mask(
-    name: str, mask: Array | None, shape: tuple[int, int, int, int]
+    name: str, mask: ArrayLike | None, shape: tuple[int, int, int, int]
 ) -> tuple[Bool[Array, "#B #H #T #M"] | None, Float[Array, "#B #H #T #M"] | None]:
     """A user's mask as (mask, bias), with four axes.
 
@@ -36,6 +37,7 @@ def split_mask(
     """
     if mask is None:
         return None, None
+    mask = jnp.asarray(mask)
     is_bias = jnp.issubdtype(mask.dtype, jnp.floating)
     if not is_bias and mask.dtype != jnp.bool:
         raise TypeError(f"{name} must be bool (True = attend) or a floating bias, got {mask.dtype}")
@@ -44,7 +46,7 @@ def split_mask(
     )
     if not fits:
         raise ValueError(f"{name} must broadcast to (B, H, T, M) = {shape}, got {mask.shape}")
-    mask = jnp.asarray(mask).reshape((1,) * (4 - mask.ndim) + mask.shape)
+    mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
     if not is_bias:
         return mask, None
     allowed = mask > -jnp.inf
