@@ -147,6 +147,39 @@ def test_the_interpreter_answers_where_it_is_asked_to(triton_interpreter):
     assert_agrees(double, result, ERRORS[torch.float64])
 
 
+def decode_by_functional(impl):
+    """`tpa_decode` from records in pages, with everything that changes the arguments of the operator."""
+    from tpa_attention.torch.factors import RecordLayout
+    from tpa_attention.torch.functional import tpa_decode
+
+    case = Case(heads=2, k_rank=2, v_rank=3, tokens=12, lens=(9, 12), queries=2)
+    aq, bq, ak, bk, av, bv = case.factors()
+    layouts = RecordLayout(2, 2, 8), RecordLayout(3, 2, 8)
+    records = (
+        layout.pack(a, b).reshape(6, 4, -1) for layout, a, b in zip(layouts, (ak, av), (bk, bv), strict=True)
+    )
+    return tpa_decode(
+        *(aq, bq, *records),
+        ranks=(2, 3),
+        num_heads=2,
+        head_dim=8,
+        seq_lens=torch.tensor(case.lens),
+        block_table=torch.arange(6).view(2, 3),
+        attn_bias=torch.arange(12) != 4,
+        window=7,
+        num_splits=2,
+        return_lse=True,
+        impl=impl,
+    )
+
+
+def test_the_functional_layer_and_the_kernel_mean_the_same_by_every_argument(triton_interpreter):
+    for one, other in zip(
+        triton_interpreter(decode_by_functional, "triton"), decode_by_functional("reference"), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-5)  # float32 in another order
+
+
 def test_a_gradient_is_refused_with_the_way_to_get_one():
     (aq, bq, *cached), arguments = call(Case())
     out, _ = ops.decode(aq, bq.requires_grad_(), *cached, **arguments)

@@ -170,17 +170,18 @@ class QuantizedFactorCache(FactorCache):
         self._check_layer(layer)
         used = self._extent(layer)
         (ak, bk), (av, bv) = (
-            record.views(buffer[layer][:, :used].view(TYPES[self.kind]))
+            _parts(record, buffer[layer][:, :used].view(TYPES[self.kind]))
             for record, buffer in zip(self.records, (self._k, self._v), strict=True)
         )
         if ak is None or bk is None or av is None or bv is None:
             raise ValueError("records must hold both factors of K and V to be decoded in place")
         logit = bq.shape[-1] ** -0.5 if scale is None else scale
+        k_factor, v_factor = (1 / record.rank if rank_scale else 1.0 for record in self.records)
         return ops.decode(
             *(aq, bq, ak, bk, av, bv, self._lengths[layer]),
             window=window,
-            scale=logit * rank_factor(aq, rank_scale) * rank_factor(ak, rank_scale),
-            out_scale=rank_factor(av, rank_scale),
+            scale=logit * rank_factor(aq, rank_scale) * k_factor,
+            out_scale=v_factor,
             k_scale=self._k_scale[layer][:, :used],
             v_scale=self._v_scale[layer][:, :used],
             num_splits=num_splits,
@@ -219,8 +220,9 @@ class QuantizedFactorCache(FactorCache):
         if record.numbers == 0:
             return x.new_zeros(*x.shape[:2], 0, dtype=torch.int8), x.new_ones(*x.shape[:2], record.rank)
         a, b, scale = quantize_factors(*record.views(x), self.kind)
-        as_bytes = (None if part is None else part.view(torch.int8) for part in (a, b))
-        return record.pack(*as_bytes), scale
+        given = [part.view(torch.int8).flatten(2) for part in (b, a) if part is not None]
+        padding = record.padded(1) - record.numbers
+        return torch.nn.functional.pad(torch.cat(given, dim=-1), (0, padding)), scale
 
     def _floating(self, record: RecordLayout, bytes_: Tensor, scale: Tensor) -> Tensor:
         """Records in `dtype`; the whole scale goes into A, or into B where there is no A."""
@@ -228,10 +230,19 @@ class QuantizedFactorCache(FactorCache):
             return bytes_[..., :0].to(self.dtype)
         a, b = (
             None if part is None else part.to(torch.float32)
-            for part in record.views(bytes_.view(TYPES[self.kind]))
+            for part in _parts(record, bytes_.view(TYPES[self.kind]))
         )
         if a is not None:
             a = a * scale.unsqueeze(-1)
         elif b is not None:
             b = b * scale.unsqueeze(-1)
         return record.pack(*(None if part is None else part.to(self.dtype) for part in (a, b)))
+
+
+def _parts(record: RecordLayout, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """A and B inside records of one byte per number, as `RecordLayout.views` shows them in floating ones."""
+    b, a = x[..., : record.b_numbers], x[..., record.b_numbers : record.numbers]
+    return (
+        a.unflatten(-1, (record.rank, record.heads)) if record.has_a else None,
+        b.unflatten(-1, (record.rank, record.width)) if record.has_b else None,
+    )
