@@ -76,7 +76,8 @@ def random_weights(seed: int) -> NDArray[np.float64]:
     rng = np.random.default_rng(seed)
     left, _ = np.linalg.qr(rng.normal(size=(HEADS, HEADS)))
     right, _ = np.linalg.qr(rng.normal(size=(HEAD_DIM * D_MODEL, HEADS)))
-    return (left * 0.5 ** np.arange(HEADS) @ right.T).reshape(HEADS, HEAD_DIM, D_MODEL)
+    heads = left * 0.5 ** np.arange(HEADS) @ right.T
+    return heads.astype(np.float64).reshape(HEADS, HEAD_DIM, D_MODEL)
 
 
 def worked_weights() -> NDArray[np.float64]:

@@ -220,13 +220,14 @@ def test_the_whole_design_tunes_every_arm_on_the_tuning_seed_and_reports_every_r
     assert {(c["seed"], c["lr"]) for c in tuning} == {(99, 1.5e-3), (99, 3e-3), (99, 6e-3)}
     assert {c["lr"] for c in judging} == {1.5e-3}
     assert len(tuning) == 7 * 3 and len(judging) == 7 * 5
+    assert all("<svg" in render(figure)["light"] for figure in measurement.figures)
 
 
 def test_one_seed_of_training_decides_nothing(module, claims, monkeypatch):
     losses(module, monkeypatch, lambda *_: 2.0)
     with pytest.raises(harness.NotRun, match="one seed of 60 steps") as caught:
         run(claims["C6"])
-    assert caught.value.measurement is not None
+    assert caught.value.measurement.criteria
 
 
 def test_the_ablation_of_the_rank_is_not_run_at_quick_and_undecided_with_two_seeds(
@@ -271,6 +272,7 @@ def test_speed_is_judged_at_32k_against_mha_and_gqa(module, claims, monkeypatch,
     with pytest.raises(harness.NotRun, match="judged at 32k") as caught:
         run(claims["C7"])
     assert not caught.value.measurement.criteria
+    assert all("<svg" in render(figure)["light"] for figure in caught.value.measurement.figures)
 
 
 def test_all_ways_to_decode_are_timed_and_give_heads_of_the_same_shape(module):
