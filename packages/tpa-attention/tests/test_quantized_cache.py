@@ -27,7 +27,9 @@ def normal(*shape, seed=0):
 
 
 def layer():
-    return TPAttention(16, 3, 8, q_rank=2, k_rank=2, v_rank=1, v_head_dim=6, zero_init_output=False)
+    sizes = {"q_rank": 2, "k_rank": 2, "v_rank": 1, "v_head_dim": 6}
+    generator = torch.Generator().manual_seed(0)
+    return TPAttention(16, 3, 8, **sizes, zero_init_output=False, generator=generator)
 
 
 def caches(kind, batch=2, max_len=10, **options):
@@ -156,7 +158,7 @@ def test_decoding_in_place_equals_the_reference_on_what_was_stored(kind):
     torch.testing.assert_close(lse.double(), torch.from_numpy(expected_lse), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("kind", "error"), [("int8", 0.02), ("fp8_e4m3", 0.12)])
+@pytest.mark.parametrize(("kind", "error"), [("int8", 0.01), ("fp8_e4m3", 0.05)])
 def test_a_layer_decodes_nearly_as_without_quantisation(kind, error):
     attention = layer()
     x = normal(2, 6, 16)
@@ -165,7 +167,8 @@ def test_a_layer_decodes_nearly_as_without_quantisation(kind, error):
         cache = QuantizedFactorCache(attention, 2, 6, kind=kind)
         rows = torch.cat([attention(x[:, t : t + 1], cache=cache) for t in range(6)], dim=1)
     assert isinstance(cache, LayerCache)
-    # A and B of keys and values are each off by 1/254 (int8) or 1/16 (float8) at most, relative to their rows
+    # numbers are off by 1/254 of their row's largest (int8) or 1/16 of themselves (float8) at most, and in the
+    # mean by a quarter of it; eight seeds gave 0.004 to 0.006 and 0.015 to 0.030
     assert (rows - expected).norm() <= error * expected.norm()
     assert not torch.equal(rows, expected)
 
