@@ -167,8 +167,8 @@ def test_a_layer_decodes_nearly_as_without_quantisation(kind, error):
         cache = QuantizedFactorCache(attention, 2, 6, kind=kind)
         rows = torch.cat([attention(x[:, t : t + 1], cache=cache) for t in range(6)], dim=1)
     assert isinstance(cache, LayerCache)
-    # numbers are off by 1/254 of their row's largest (int8) or 1/16 of themselves (float8) at most, and in the
-    # mean by a quarter of it; eight seeds gave 0.004 to 0.006 and 0.015 to 0.030
+    # numbers are off by 1/254 of their row's largest (int8) or 1/16 of themselves (float8) at most, and by
+    # less in the mean; eight seeds gave 0.004 to 0.006 and 0.015 to 0.030
     assert (rows - expected).norm() <= error * expected.norm()
     assert not torch.equal(rows, expected)
 
