@@ -6,7 +6,6 @@ import re
 import jaxtyping
 import pytest
 import torch
-import transformers
 from hf_cases import MODELS, SIZES, VOCAB, build, greedy, prompt
 from torch.nn import functional
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
@@ -33,8 +32,12 @@ def test_greedy_tokens_are_those_without_a_cache(name):
         assert torch.equal(greedy(model, ids), greedy(model, ids, use_cache=False))
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("name", list(MODELS))
+STATIC = ("contextual", "non-contextual B", "shared B", "third order", "GQA", "MLA")
+
+
+@pytest.mark.parametrize(
+    ("name", "cache"), [*((name, "dynamic") for name in MODELS), *((name, "static") for name in STATIC)]
+)
 def test_batch_with_left_padding_generates_what_each_row_does_alone(name, cache):
     assert_rows_generate_alone(build(name), cache_implementation=cache)
 
@@ -427,41 +430,6 @@ def test_bad_calls_are_refused_before_a_cache_changes():
     with pytest.raises(ValueError, match="cache must be None under gradient checkpointing"):
         model(ids, **{CACHE_FIELD: cache})
     assert cache.get_seq_length() == 0
-
-
-# -------------------------------------------------------------------------------------------------- compiled
-
-
-def generate_compiled(rank, world_size, name, pads, backend):
-    """Tokens of a static cache with a compiled step, those without a cache, and the number of graphs."""
-    model, ids = build(name, dtype=torch.float32), prompt(2, 9)
-    mask = torch.ones_like(ids)
-    for row, pad in enumerate(pads):
-        mask[row, :pad] = 0
-    expected = greedy(model, ids, attention_mask=mask, use_cache=False)
-    how = transformers.CompileConfig(fullgraph=True, dynamic=False, backend=backend, mode=None)
-    how._compile_all_devices = True  # generate compiles on a GPU only, unless told to
-    torch._dynamo.utils.counters.clear()
-    tokens = greedy(model, ids, attention_mask=mask, cache_implementation="static", compile_config=how)
-    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    return tokens.tolist(), expected.tolist(), graphs
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "pads", "backend"),
-    [
-        ("contextual", (0, 0), "inductor"),
-        ("contextual", (0, 4), "aot_eager"),
-        ("KV-only", (0, 4), "aot_eager"),
-        ("rotate on load", (0, 4), "aot_eager"),
-        ("MLA", (0, 4), "aot_eager"),
-    ],
-)
-def test_static_cache_with_a_compiled_step_gives_the_same_tokens(run_distributed, name, pads, backend):
-    ((tokens, expected, graphs),) = run_distributed(generate_compiled, 1, name, pads, backend, timeout=300)
-    assert tokens == expected
-    assert graphs == 1  # one graph serves all steps
 
 
 def test_model_type_t6_is_known_to_auto_config():
