@@ -17,12 +17,16 @@ if TYPE_CHECKING:
     from .torch.hf import T6Config, T6ForCausalLM
     from .torch.layers import TPAttention
     from .torch.model import T6
+    from .torch.paged_cache import PagedFactorCache
+    from .torch.quantized_cache import QuantizedFactorCache
 
 __version__ = "0.1.0"
 
 __all__ = [
     "T6",
     "FactorCache",
+    "PagedFactorCache",
+    "QuantizedFactorCache",
     "T6Config",
     "T6ForCausalLM",
     "TPAFactors",
@@ -40,6 +44,8 @@ __all__ = [
 _HOME = {
     "T6": "torch.model",
     "FactorCache": "torch.cache",
+    "PagedFactorCache": "torch.paged_cache",
+    "QuantizedFactorCache": "torch.quantized_cache",
     "T6Config": "torch.hf",
     "T6ForCausalLM": "torch.hf",
     "TPAFactors": "torch.factors",

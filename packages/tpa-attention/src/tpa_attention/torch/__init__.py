@@ -20,6 +20,8 @@ from .factors import RecordLayout, TPAFactors, from_authors_layout, materialize
 from .functional import merge_partials, tpa_attention, tpa_decode, tpa_decode_factors
 from .layers import TPAttention
 from .model import T6, param_groups
+from .paged_cache import PagedFactorCache
+from .quantized_cache import QuantizedFactorCache
 from .rope import rope, unrope
 
 __all__ = [
@@ -29,6 +31,8 @@ __all__ = [
     "MQA",
     "T6",
     "FactorCache",
+    "PagedFactorCache",
+    "QuantizedFactorCache",
     "RecordLayout",
     "TPAFactors",
     "TPAttention",
