@@ -6,7 +6,8 @@ C7      Speed: a decode step against the length of the cache.
 C9, C10 Use: generation with a cache, conversion of existing layers.
 
 The neighbours hold the runs: `rotation.py`, `special_cases.py`, `integers.py`, `decoding.py`, `language.py`,
-`decode_speed.py`, `generation.py`, `conversion.py`, and `charts.py` the figures. C6's mechanisms, ranks and
+`decode_speed.py`, `generation.py`, `conversion.py`; `training_report.py` and `speed_report.py` put together
+what C6 and C7 report, and `charts.py` draws. C6's mechanisms, ranks and
 initial values were fixed before any run; its learning rates are chosen on a seed that decides nothing.
 """
 
@@ -22,22 +23,11 @@ import rotation
 import special_cases
 import torch
 from charts import bars, curves, grouped_bars, intervals, sorted_errors
+from speed_report import speed_at
+from training_report import compare_with_mha, training_figures
 
-from tenfold_tools.claims import (
-    Criterion,
-    Figure,
-    Measurement,
-    NotRun,
-    Number,
-    Run,
-    above,
-    below,
-    claim,
-    within,
-)
-from tenfold_tools.stats import t_interval
-from tpa_attention import accounting
-from tpa_attention.config import PRESETS, preset
+from tenfold_tools.claims import Measurement, NotRun, Number, Run, below, claim, within
+from tpa_attention.config import PRESETS
 
 PAPER = "Zhang et al. 2025 (arXiv 2501.06425)"
 
@@ -154,14 +144,6 @@ def formulas_count_real_tensors(run: Run) -> Measurement:
         )
         for count in found
     ]
-    lengths = [2**n for n in range(12, 18)]
-    cached = {
-        mechanism: (
-            lengths,
-            [accounting.cache_bytes(preset("medium", mechanism), 1, length) / 2**30 for length in lengths],
-        )
-        for mechanism in ("mha", "mla", "tpa", "kvonly", "gqa", "mqa")
-    }
     return Measurement(
         numbers=[wrong, *numbers],
         criteria=[within(wrong, 0, 0)],
@@ -171,7 +153,7 @@ def formulas_count_real_tensors(run: Run) -> Measurement:
                 "Cache of the medium models, one sequence, bfloat16",
                 "cached tokens",
                 "GiB",
-                cached,
+                integers.cache_curves("medium"),
                 logarithmic=True,
             )
         ],
@@ -255,14 +237,6 @@ def flash_decoding_is_exact(run: Run) -> Measurement:
         numbers=[
             *worst.values(),
             *growth,
-            *[
-                Number(
-                    f"scratch, h {heads}, D {width}, {tokens} tokens",
-                    scratch[heads, width, tokens] / 2**20,
-                    unit="MiB",
-                )
-                for heads, width, tokens in jobs
-            ],
         ],
         criteria=[
             *[
@@ -271,7 +245,10 @@ def flash_decoding_is_exact(run: Run) -> Measurement:
             ],
             *[below(number, 0.01) for number in growth],
         ],
-        configurations=[asdict(call) | {"seed": seed, "device": run.device} for call in calls],
+        configurations=[
+            *[asdict(call) | {"seed": seed, "device": run.device} for call in calls],
+            *[{"heads, width, tokens": job, "scratch_bytes": size} for job, size in scratch.items()],
+        ],
         figures=[
             sorted_errors(
                 "Largest error of a decode call over random shapes",
@@ -314,44 +291,10 @@ def tpa_trains_as_well_as_mha(run: Run) -> Measurement:
     if run.scale == "full":
         arms, tried = language.tune(run, [*language.BASELINES, language.TPA, *language.OTHERS], length)
     found = language.train_all(run, arms, run.seeds, length)
-    mha, tpa = (next(arm for arm in arms if arm.name == known.name) for known in (language.MHA, language.TPA))
-    judged = one_sided(f"{tpa.name} minus {mha.name}", language.differences(tpa, mha, run.seeds, found))
-    rivals = [arm for arm in arms if arm.mechanism in ("mha", "mqa", "gqa")]
-    gaps = {arm.name: language.gap(tpa, arm, run.seeds, found) for arm in rivals}
-    levels = language.levels(arms, run.seeds, found)
-    cached = {arm.name: accounting.cache_numbers(arm.config) for arm in arms}
-    saved = Number("cached numbers, MHA over TPA", cached[mha.name] / cached[tpa.name])
-    verdicts = "; ".join(f"{name}: {language.superiority(gap)}" for name, gap in gaps.items())
-    measurement = Measurement(
-        numbers=[judged, saved, *gaps.values(), *levels.values()],
-        criteria=[below(judged, 0.05), within(saved, 3.2, 3.2)],
-        configurations=[*tried, *language.configurations(arms, run.seeds, found, length, "judging")],
-        figures=[
-            *training_figures(arms, run.seeds, found, f"{steps} steps"),
-            intervals("Held-out loss of the byte-level T6", levels, "nats per byte"),
-        ],
-        note=f"Lower loss than the baselines, by the two-sided interval (reported, never decided here): "
-        f"{verdicts}. T6 medium on FineWeb-Edu: experiments/train_lm.py.",
-    )
+    measurement = compare_with_mha(arms, run.seeds, found, length, tried)
     if run.scale == "quick":
         raise NotRun("one seed of 60 steps decides nothing; judged from --scale laptop", measurement)
     return measurement
-
-
-def one_sided(name: str, samples: list[float]) -> Number:
-    """A mean whose limits are one-sided 95 % bounds: the two-sided interval at 90 %."""
-    mean = sum(samples) / len(samples)
-    low, high = t_interval(samples, level=0.9)
-    return Number(f"{name} (one-sided 95 % bounds)", mean, min(low, mean), max(high, mean), "nats/byte")
-
-
-def training_figures(
-    arms: list[language.Arm], seeds: tuple[int, ...], found: language.Runs, title: str
-) -> list[Figure]:
-    """The training curves of all arms."""
-    smooth = language.smoothed_curves(arms, seeds, found)
-    lines = {name: (range(len(values)), values) for name, values in smooth.items()}
-    return [curves(f"Training loss, mean over seeds, {title}", "step", "nats per byte", lines)]
 
 
 @claim(
@@ -370,72 +313,7 @@ def decoding_is_faster_as_the_cache_grows(run: Run) -> Measurement:
         decode_speed.measure(2**exponent, repeats, run.device)
         for exponent in run.track(list(exponents), "cache lengths")
     ]
-    rivals = (decode_speed.MHA, decode_speed.GQA, decode_speed.FOLDED)
-    ratios = {
-        (name, length.tokens): Number(
-            f"time of {name} over TPA at {length.tokens} tokens",
-            length.ratios[name].value,
-            length.ratios[name].low,
-            length.ratios[name].high,
-        )
-        for length in lengths
-        for name in rivals
-    }
-    growth = {}
-    for name in rivals:
-        estimate = decode_speed.slope_difference(lengths, name)
-        growth[name] = Number(
-            f"time per cached token, TPA minus {name}",
-            1e9 * estimate.value,
-            1e9 * estimate.low,
-            1e9 * estimate.high,
-            "ns",
-        )
-    slopes = [
-        Number(f"time per cached token, {name}", 1e9 * decode_speed.slope(lengths, name), unit="ns")
-        for name in (decode_speed.TPA, *rivals)
-    ]
-    criteria: list[Criterion] = []
-    if run.scale != "quick":
-        against_mha, against_gqa = (10.0, 1.8) if on_gpu else (3.0, 1.3)
-        criteria = [
-            above(ratios[decode_speed.MHA, 2**15], against_mha),
-            above(ratios[decode_speed.GQA, 2**15], against_gqa),
-            below(growth[decode_speed.MHA], 0.0),
-        ]
-    measurement = Measurement(
-        numbers=[*ratios.values(), *growth.values(), *slopes],
-        criteria=criteria,
-        configurations=[
-            {
-                "tokens": length.tokens,
-                "heads": decode_speed.HEADS,
-                "head_dim": decode_speed.WIDTH,
-                "repeats": repeats,
-                "device": run.device,
-                "seconds": length.seconds,
-            }
-            for length in lengths
-        ],
-        figures=[
-            curves(
-                "Time of one decode step",
-                "cached tokens",
-                "milliseconds",
-                {
-                    name: (
-                        [length.tokens for length in lengths],
-                        [1e3 * length.median(name) for length in lengths],
-                    )
-                    for name in (decode_speed.TPA, *rivals)
-                },
-                logarithmic=True,
-            )
-        ],
-        note="Interleaved rounds in one process; intervals over the rounds. GQA is judged as torch offers it "
-        "(enable_gqa). Folding the heads of a group into query rows makes another GQA, which stands beside "
-        "and decides nothing.",
-    )
+    measurement = speed_at(lengths, repeats, run.device, judged=run.scale != "quick")
     if run.scale == "quick":
         raise NotRun(
             "two lengths and five rounds are reported; judged at 32k from --scale laptop", measurement

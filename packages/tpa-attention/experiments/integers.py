@@ -119,6 +119,16 @@ def count_model(size: str, mechanism: str) -> ModelCount:
     )
 
 
+def cache_curves(size: str) -> dict[str, tuple[list[int], list[float]]]:
+    """Mechanism -> (cached tokens, GiB of the whole model's cache for one sequence in bfloat16)."""
+    lengths = [2**n for n in range(12, 18)]
+    configs = {name: preset(size, name) for name in ("mha", "mla", "tpa", "kvonly", "gqa", "mqa")}
+    return {
+        name: (lengths, [accounting.cache_bytes(config, 1, length) / 2**30 for length in lengths])
+        for name, config in configs.items()
+    }
+
+
 # ---------------------------------------------------------------------------------------- multiply-adds (A.4)
 
 
