@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 
-def tensor_parallel_plan(model: nn.Module) -> dict[str, ParallelStyle]:
+def tensor_parallel_plan(model: nn.Module) -> dict[str, ParallelStyle] | ParallelStyle:
     """What `parallelize_module(model, mesh, plan)` does to every attention and SwiGLU layer of a model.
 
     Attention is split by heads (`HeadParallel`), SwiGLU by its hidden features with torch's own styles.
@@ -58,6 +58,9 @@ def tensor_parallel_plan(model: nn.Module) -> dict[str, ParallelStyle]:
     Args:
         model: contains `TPAttention` layers, or is one.
 
+    Returns:
+        Styles by names of modules; of a layer by itself, its style.
+
     Raises:
         ValueError: if there is no such layer, or one has `head_activation="softmax"`.
 
@@ -65,18 +68,20 @@ def tensor_parallel_plan(model: nn.Module) -> dict[str, ParallelStyle]:
         mesh = init_device_mesh("cuda", (8,))
         parallelize_module(model, mesh, tensor_parallel_plan(model))
     """
+    if isinstance(model, TPAttention):
+        check_activation(model)
+        return HeadParallel()
     plan: dict[str, ParallelStyle] = {}
     for name, module in model.named_modules():
         if isinstance(module, TPAttention):
             check_activation(module)
             plan[name] = HeadParallel()
         elif isinstance(module, SwiGLU):
-            prefix = f"{name}." if name else ""
             plan[name] = PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Replicate())
             # DTensors in between: they know the hidden width, where it does not divide evenly too
-            plan[f"{prefix}w1"] = ColwiseParallel(use_local_output=False)
-            plan[f"{prefix}w2"] = ColwiseParallel(use_local_output=False)
-            plan[f"{prefix}w3"] = RowwiseParallel()
+            plan[f"{name}.w1"] = ColwiseParallel(use_local_output=False)
+            plan[f"{name}.w2"] = ColwiseParallel(use_local_output=False)
+            plan[f"{name}.w3"] = RowwiseParallel()
     if not any(isinstance(style, HeadParallel) for style in plan.values()):
         raise ValueError(f"model must contain TPAttention layers, got {type(model).__name__} without one")
     return plan
@@ -119,10 +124,11 @@ def fsdp2_plan(
         raise ValueError(
             f"model must contain T6Block or TPAttention modules, got {type(model).__name__} without one"
         )
-    for unit in units:
-        if unit is not model:
-            fully_shard(unit, **options)
-    fully_shard(model, **options)
+    for unit in [*(unit for unit in units if unit is not model), model]:
+        sharded = fully_shard(unit, **options)
+        if mesh.device_type == "cpu":
+            # asked for an average, gloo returns the sum in torch 2.8, without a word
+            sharded.set_force_sum_reduction_for_comms(True)
     return model
 
 
