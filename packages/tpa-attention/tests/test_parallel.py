@@ -146,6 +146,11 @@ def sequence_parallel_layer(rank, world_size):
     with pytest.raises(ValueError, match=r"a head for each of the 2 ranks of the mesh.*got 1 heads"):
         parallelize_module(lonely, mesh, HeadParallel())
     assert dict(lonely.named_parameters()) == before and lonely.num_heads == 1
+    with pytest.raises(ValueError, match="attention_mask must have 1 or 4 heads, got 2"):
+        sequence(x, None, head_mask(2, 6))
+    square = init_device_mesh("cpu", (1, world_size))
+    with pytest.raises(ValueError, match="device_mesh must have 1 dimension, got 2"):
+        HeadParallel()._apply(lonely, square)
     with pytest.raises(TypeError, match="module must be a TPAttention, got Linear"):
         parallelize_module(nn.Linear(2, 2), mesh, HeadParallel())
 
@@ -295,6 +300,8 @@ def test_heads_are_cut_as_torch_chunks_them_or_refused():
 def test_plan_refuses_what_it_cannot_split():
     with pytest.raises(ValueError, match=r"head_activation must be 'none' or 'sigmoid'.*got 'softmax'"):
         tensor_parallel_plan(nn.Sequential(layer(head_activation="softmax")))
+    with pytest.raises(ValueError, match=r"head_activation must be 'none' or 'sigmoid'.*got 'softmax'"):
+        tensor_parallel_plan(layer(head_activation="softmax"))
     with pytest.raises(ValueError, match="model must contain TPAttention layers, got Linear"):
         tensor_parallel_plan(nn.Linear(2, 2))
 
