@@ -55,6 +55,9 @@ def tensor_parallel_plan(model: nn.Module) -> dict[str, ParallelStyle] | Paralle
     plain and equal on all ranks. Build caches afterwards and from the model, `FactorCache(model, ..)`, not
     from its configuration: the model then knows its own heads. All ranks must be fed the same tokens.
 
+    `clip_grad_norm_` takes no mixture of plain tensors and DTensors. Take `get_total_norm` of each kind
+    (`full_tensor()` of the latter), and hand the root of the sum of their squares to `clip_grads_with_norm_`.
+
     Args:
         model: contains `TPAttention` layers, or is one.
 
