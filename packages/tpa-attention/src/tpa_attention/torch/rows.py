@@ -46,8 +46,11 @@ def norm_parts(b: Float[Tensor, "#B #T R n"], widths: Sequence[int]) -> Float[Te
 
 def rotate_first(
     b: Float[Tensor, "#B #T R n"], positions: Int[Tensor, "B T"], config: RopeConfig, first: int
-) -> Float[Tensor, "B T R n"]:
-    """RoPE on the first part, of width `first`; the others pass through."""
+) -> Float[Tensor, "#B #T R n"]:
+    """RoPE on the first part, of width `first`; the others pass through.
+
+    Rows that serve several tokens come back for every token, unless nothing is rotated at all.
+    """
     if first == b.shape[-1]:
         return rope(b, positions, config)
     turned = rope(b[..., :first], positions, config)
