@@ -122,9 +122,9 @@ def test_a_hanging_rank_is_stopped_at_the_limit_and_shown_where_it_was(run_distr
         sum_of_ranks, 1, 0
     )  # pays for importing torch, which the short limit below does not allow for
     with pytest.raises(WorkerError) as caught:
-        run_distributed(never_reach_the_barrier, 2, tmp_path / "pid", timeout=5)
+        run_distributed(never_reach_the_barrier, 2, tmp_path / "pid", timeout=8)
     message = str(caught.value)
-    assert message.startswith("not finished after 5 s\nrank 0 of 2 returned\nrank 1 of 2 was here:\n")
+    assert message.startswith("not finished after 8 s\nrank 0 of 2 returned\nrank 1 of 2 was here:\n")
     assert "in never_reach_the_barrier" in message
     assert not any(exists(int(file.read_text())) for file in tmp_path.iterdir())
     assert len(list(tmp_path.iterdir())) == 2
