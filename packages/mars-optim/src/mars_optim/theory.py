@@ -14,12 +14,12 @@ Source: Yuan et al. 2025 (arXiv 2411.10438), Section 3.1, Lemmas 3.4, C.2, D.1, 
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-FloatArray = NDArray[np.floating[Any]]
+FloatArray = NDArray[np.floating]
 
 
 def gamma_star(delta: FloatArray, grad: FloatArray, eps: FloatArray, beta1: float) -> float:
