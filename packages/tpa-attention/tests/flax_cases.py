@@ -3,36 +3,22 @@
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from layer_options import OPTIONS
 from test_reference_layer import LAYERS, D, d, h
 
-from tpa_attention.config import RopeConfig
-from tpa_attention.flax import TPAttention, from_torch
+from tpa_attention.config import ModelConfig
+from tpa_attention.flax import T6, TPAttention, from_torch
 
-OPTIONS = {
-    "contextual": {},
-    "without rank scale": {"rank_scale": False},
-    "KV-only": {"variant": "kv_only"},
-    "non-contextual A": {"variant": "noncontextual_a"},
-    "KV-only with non-contextual A": {"variant": "kv_only+noncontextual_a"},
-    "A with bias": {"a_bias": True},
-    "non-contextual B": {"variant": "noncontextual_b"},
-    "shared B": {"shared_kv_b": True},
-    "shared non-contextual B": {"shared_kv_b": True, "variant": "noncontextual_b"},
-    "rotate on load": {"rotate_on_load": True},
-    "third order": {"factor_dims": (4, 2)},
-    "fourth order": {"factor_dims": (2, 2, 2)},
-    "third order, shared B": {"factor_dims": (4, 2), "shared_kv_b": True},
-    "sigmoid": {"head_activation": "sigmoid"},
-    "softmax": {"head_activation": "softmax"},
-    "partial rotation": {"rope": RopeConfig(fraction=0.5)},
-    "interleaved LLaMA rotation": {"rope": RopeConfig(layout="interleaved", sign=1)},
-    "no rotation": {"rope": RopeConfig.none()},
-    "factor norm": {"factor_norm": True},
-    "factor norm, shared B, third order": {"factor_norm": True, "shared_kv_b": True, "factor_dims": (4, 2)},
-    "output norm and gate": {"out_norm": True, "output_gate": True},
-    "KV shift": {"kv_shift": True},
-}
-assert OPTIONS.keys() == LAYERS.keys()
+SMALL = ModelConfig(
+    vocab_size=61,
+    hidden_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=6,
+    head_dim=8,
+    q_rank=3,
+    zero_init_output=False,
+    norm_affine=True,
+)
 
 
 def build(name, **more):
@@ -61,3 +47,33 @@ def state_dict(layer):
         if parts and parts[0].constant is not None:
             arrays[f"{name}.bias"] = np.concatenate([part.constant for part in parts], axis=1).reshape(-1)
     return {name: array for name, array in arrays.items() if array is not None}
+
+
+def shapes_of(make):
+    """A module without initial values, which `from_torch` fills."""
+    return nnx.eval_shape(make)
+
+
+def random_model(seed=0, config=SMALL):
+    model = shapes_of(lambda: T6(config, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(seed)
+    weights = {}
+    for name, shape in torch_shapes(config).items():
+        weights[name] = rng.normal(size=shape).astype(np.float32) / np.sqrt(shape[-1])
+    return from_torch(weights, model)
+
+
+def torch_shapes(config):
+    """Parameter shapes of the torch model, from the formulas of the paper."""
+    width, heads, D = config.hidden_size, config.num_attention_heads, config.head_dim
+    shapes = {"model.embed_tokens.weight": (config.vocab_size, width), "model.norm.weight": (width,)}
+    for i in range(config.num_hidden_layers):
+        block = f"model.layers.{i}."
+        for x, rank in (("q", config.q_rank), ("k", config.k_rank), ("v", config.v_rank)):
+            shapes[f"{block}attn.a_{x}.weight"] = (rank * heads, width)
+            shapes[f"{block}attn.b_{x}.weight"] = (rank * D, width)
+        shapes[f"{block}attn.o.weight"] = (width, heads * D)
+        shapes[f"{block}attn_norm.weight"] = shapes[f"{block}ffn_norm.weight"] = (width,)
+        shapes[f"{block}ffn.w1.weight"] = shapes[f"{block}ffn.w2.weight"] = (config.ffn_dim, width)
+        shapes[f"{block}ffn.w3.weight"] = (width, config.ffn_dim)
+    return shapes

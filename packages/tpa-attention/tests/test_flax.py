@@ -21,13 +21,14 @@ import jax.numpy as jnp  # noqa: E402
 import jaxtyping  # noqa: E402
 import reference_layer  # noqa: E402
 from flax import nnx  # noqa: E402
+from flax_cases import SMALL, random_model, shapes_of, torch_shapes  # noqa: E402
 from jax import experimental  # noqa: E402
 from jax.sharding import Mesh, NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
-from test_reference_layer import LAYERS, D, d, h, hidden  # noqa: E402
+from test_reference_layer import LAYERS, d, hidden  # noqa: E402
 
 from tpa_attention import accounting  # noqa: E402
-from tpa_attention.config import ModelConfig, RopeConfig  # noqa: E402
+from tpa_attention.config import RopeConfig  # noqa: E402
 from tpa_attention.flax import T6, TPAttention, from_torch, shard_heads  # noqa: E402
 
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else experimental.enable_x64
@@ -37,17 +38,6 @@ SINGLE = 2e-6  # float32: what the specification grants against torch, for numbe
 
 TYPICAL = ("non-contextual B", "third order, shared B", "KV shift")
 VARIANTS = [pytest.param(name, marks=() if name in TYPICAL else pytest.mark.slow, id=name) for name in LAYERS]
-SMALL = ModelConfig(
-    vocab_size=61,
-    hidden_size=32,
-    num_hidden_layers=1,
-    num_attention_heads=6,
-    head_dim=8,
-    q_rank=3,
-    zero_init_output=False,
-    norm_affine=True,
-)
-
 forward = nnx.jit(lambda module, x, **options: module(x, **options))
 
 
@@ -69,36 +59,6 @@ def unchecked():
 
 def assert_close(found, expected, atol=ROUNDING):
     np.testing.assert_allclose(found, expected, rtol=0, atol=atol)
-
-
-def shapes_of(make):
-    """A module without initial values, which `from_torch` fills."""
-    return nnx.eval_shape(make)
-
-
-def random_model(seed=0, config=SMALL):
-    model = shapes_of(lambda: T6(config, rngs=nnx.Rngs(0)))
-    rng = np.random.default_rng(seed)
-    weights = {}
-    for name, shape in torch_shapes(config).items():
-        weights[name] = rng.normal(size=shape).astype(np.float32) / np.sqrt(shape[-1])
-    return from_torch(weights, model)
-
-
-def torch_shapes(config):
-    """Parameter shapes of the torch model, from the formulas of the paper."""
-    width, heads, D = config.hidden_size, config.num_attention_heads, config.head_dim
-    shapes = {"model.embed_tokens.weight": (config.vocab_size, width), "model.norm.weight": (width,)}
-    for i in range(config.num_hidden_layers):
-        block = f"model.layers.{i}."
-        for x, rank in (("q", config.q_rank), ("k", config.k_rank), ("v", config.v_rank)):
-            shapes[f"{block}attn.a_{x}.weight"] = (rank * heads, width)
-            shapes[f"{block}attn.b_{x}.weight"] = (rank * D, width)
-        shapes[f"{block}attn.o.weight"] = (width, heads * D)
-        shapes[f"{block}attn_norm.weight"] = shapes[f"{block}ffn_norm.weight"] = (width,)
-        shapes[f"{block}ffn.w1.weight"] = shapes[f"{block}ffn.w2.weight"] = (config.ffn_dim, width)
-        shapes[f"{block}ffn.w3.weight"] = (width, config.ffn_dim)
-    return shapes
 
 
 # ---------------------------------------------------------------------------------------------------- layers
@@ -422,64 +382,3 @@ def test_two_devices_by_heads_give_the_logits_of_one():
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
     )
     assert out.returncode == 0, out.stderr
-
-
-# -------------------------------------------------------------------------------------------- what is refused
-
-
-def layer_with(**options):
-    return shapes_of(lambda: TPAttention(d, h, D, rngs=nnx.Rngs(0), **options))
-
-
-REFUSED = {
-    "variant": ({"variant": "mqa"}, "variant must be one of"),
-    "activation": ({"head_activation": "relu"}, "head_activation must be one of"),
-    "implementation": ({"implementation": "triton"}, "implementation must be one of None, 'xla', 'cudnn'"),
-    "shared ranks": ({"shared_kv_b": True, "k_rank": 1}, "shared_kv_b needs k_rank = v_rank"),
-    "free A with bias": ({"a_bias": True, "variant": "noncontextual_a"}, "a_bias needs a contextual A"),
-    "factors": ({"factor_dims": (4, 4)}, "product of factor_dims must equal"),
-    "chunk": ({"chunk": 0}, "chunk must be >= 1, got 0"),
-}
-
-
-@pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED.keys())
-def test_options_out_of_range_are_refused_by_name(options, message):
-    with pytest.raises(ValueError, match=message):
-        layer_with(**options)
-
-
-def test_the_model_takes_tpa_alone_and_leaves_the_choice_of_kernels_to_jax():
-    for options, message in (
-        ({"mechanism": "mha"}, "mechanism must be one of 'tpa', 'kvonly', got 'mha'"),
-        ({"impl": "sdpa"}, "impl must be 'auto' for flax, .* got 'sdpa'"),
-    ):
-        config = ModelConfig(vocab_size=8, hidden_size=8, num_attention_heads=2, head_dim=4, **options)
-        with pytest.raises(ValueError, match=message):
-            T6(config, rngs=nnx.Rngs(0))
-
-
-@pytest.mark.usefixtures("unchecked")
-def test_calls_that_do_not_fit_are_refused_before_the_cache_changes():
-    layer = nnx.jit(lambda: TPAttention(4, 2, 4, rngs=nnx.Rngs(0)))()
-    cache = layer.init_cache(1, 8)
-    x = jnp.ones((1, 3, 4))
-    for error, message, arguments in (
-        (ValueError, r"x must have shape \(B, T, 4\)", {"x": jnp.ones((1, 3, 5))}),
-        (ValueError, "batch of x must be that of the cache, 1, got 2", {"x": jnp.ones((2, 3, 4))}),
-        (
-            ValueError,
-            r"attention_mask must have shape \(B, M\) = \(1, 8\)",
-            {"attention_mask": np.ones((1, 3), bool)},
-        ),
-        (TypeError, "attention_mask .B, M. must be bool or integer", {"attention_mask": np.ones((1, 8))}),
-        (TypeError, "position_ids must be integers", {"position_ids": np.ones(3)}),
-        (ValueError, "position_ids must have shape", {"position_ids": np.arange(2)}),
-    ):
-        with pytest.raises(error, match=message):
-            layer(**({"x": x} | arguments), cache=cache)
-    assert cache.lengths[...].tolist() == [0]
-    with pytest.raises(TypeError, match="dtype must be a floating type"):
-        layer.init_cache(1, 8, jnp.int8)
-    with pytest.raises(ValueError, match="max_len must be >= 1, got 0"):
-        layer.init_cache(1, 0)

@@ -71,21 +71,36 @@ def generate(
     given = tokens if tokens is not None else encode(tokenizer, prompt or "")
     check_tokens(given, model.config.vocab_size)
     max_new_tokens = new_tokens(len(given), max_new_tokens, model.config.max_position_embeddings)
-    sampling: dict[str, Any] = {"do_sample": False}
+    processors = []
     if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0, "top_p": 1.0}
+        processors.append(_noisy_scores(temperature, top_k, torch.Generator(device).manual_seed(seed)))
     ids = torch.tensor([given], device=device)
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(seed)  # transformers samples from the global generator
+    with torch.no_grad():
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
             use_cache=use_cache,
-            **sampling,
+            do_sample=False,
+            logits_processor=processors,
         )
     found = out[0].tolist()
     yield ",".join(map(str, found)) if tokens is not None else decode(tokenizer, found)
+
+
+def _noisy_scores(temperature: float, top_k: int | None, generator: Any) -> Callable[[Any, Any], Any]:
+    """Scores whose largest one is a sample from softmax(scores / temperature): Gumbel noise is added.
+
+    The sampling of transformers itself takes no generator and draws from torch's global one.
+    """
+
+    def process(_ids: Any, scores: Any) -> Any:
+        scores = scores.float() / temperature
+        if top_k is not None and top_k < scores.shape[-1]:
+            scores = scores.masked_fill(scores < scores.topk(top_k).values[..., -1:], float("-inf"))
+        return scores - scores.new_empty(scores.shape).exponential_(generator=generator).log()
+
+    return process
 
 
 def convert(

@@ -131,9 +131,9 @@ def _launch(
         if own_norm or capturable:
             _finish[(entries,)](
                 where, scalars, partials, divisors, numbers, entries,
-                NORM=own_norm, COUNTING=capturable,
-                ADAM=rule.has_second_moment, EPS_FIRST=rule.eps_before_correction,
-                WORK=_TYPES[table.working], CHUNK=_CHUNK, BLOCK=_BLOCK, num_warps=_WARPS,
+                NORM=own_norm, COUNTING=capturable, ADAM=rule.has_second_moment,
+                EPS_FIRST=rule.eps_before_correction, WORK=_TYPES[table.working],
+                CHUNK=_CHUNK, BLOCK=_BLOCK, num_warps=_WARPS,
             )  # fmt: skip
         types = dict(zip("XGHMVLS", (_TYPES[dtype] for dtype in table.dtypes), strict=True))
         _update[(blocks,)](
@@ -141,8 +141,7 @@ def _launch(
             KIND="momentum" if rule.kind in ORTHOGONALISED else rule.kind,
             CLIPPED=rule.clip is not None, QUASI=rule.quasi_hyperbolic,
             OF_GRADIENT=rule.second_moment == "grad", CAUTIOUS=rule.cautious_decay, COUNTING=capturable,
-            NOISY=noise is not None,
-            num_warps=_WARPS, **types, **shared,
+            NOISY=noise is not None, num_warps=_WARPS, **types, **shared,
         )  # fmt: skip
     return divisors if own_norm else None
 
@@ -161,18 +160,8 @@ def _packed(table: Table, chunks: NDArray[np.int64], steps: list[Tensor] | None)
 
 def _scalars(rule: UpdateRule, device: torch.device) -> Tensor:
     """The numbers of the rule that all tensors share, in the order in which kernels read them."""
-    logs = [_log2(beta) for beta in (rule.beta1, rule.beta2)]
-    values = [
-        rule.correction_factor,
-        rule.clip or 0.0,
-        rule.beta1,
-        rule.beta2,
-        rule.gamma,
-        rule.lr,
-        rule.eps,
-        rule.decay,
-        *logs,
-    ]
+    averages = [rule.correction_factor, rule.clip or 0.0, rule.beta1, rule.beta2, rule.gamma]
+    values = [*averages, rule.lr, rule.eps, rule.decay, _log2(rule.beta1), _log2(rule.beta2)]
     known = np.array([0.0 if isinstance(value, Tensor) else value for value in values])
     scalars = _resident(known.tobytes(), "float64", device)
     if rule.has_tensors:
