@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from tpa_attention import _model_commands
 from tpa_attention.__main__ import main
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the tests read directories that they wrote
@@ -232,3 +233,15 @@ def test_an_existing_output_is_never_overwritten(capsys, tmp_path):
 def test_only_a_llama_is_converted(capsys, byte_model, tmp_path):
     message = refusal(capsys, 2, "convert", byte_model[0], tmp_path / "t6")
     assert "model must be of type 'llama', got 't6'" in message
+
+
+@pytest.mark.parametrize("top_k", [None, 2, 9])
+def test_noisy_scores_pick_each_token_as_often_as_its_probability(top_k):
+    scores = torch.tensor([1.0, 0.2, -0.5, 2.0])
+    noisy = _model_commands._noisy_scores(1.5, top_k, torch.Generator().manual_seed(0))
+    picks = noisy(None, scores.expand(40_000, -1)).argmax(dim=-1)
+    kept = scores.masked_fill(scores < scores.topk(min(top_k or 4, 4)).values[-1], -torch.inf)
+    expected = (kept / 1.5).softmax(dim=-1)
+    share = picks.bincount(minlength=4) / len(picks)
+    # five standard deviations of a binomial share
+    assert ((share - expected).abs() <= 5 * (expected * (1 - expected) / len(picks)).sqrt()).all()
