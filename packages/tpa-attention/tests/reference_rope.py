@@ -11,7 +11,8 @@ T_t acts on the feature axis from the right, the head factor A mixes rows from t
 so rotating the R rows of B once rotates all h heads, and keys can be cached rotated.
 
 Source: Zhang et al. 2025 (arXiv 2501.06425), Section 3, Appendices C and F.4. Scalings are not in the paper:
-linear (Chen et al. 2023), ntk (a change of base) and yarn (Peng et al. 2023, arXiv 2309.00071).
+linear (Chen et al. 2023), ntk (a change of base), yarn (Peng et al. 2023, arXiv 2309.00071) and llama3 (the
+released code of Llama 3.1).
 """
 
 from dataclasses import dataclass
@@ -49,6 +50,8 @@ def frequencies(n: int, rope: Rope) -> tuple[Float[Array, " {n}//2"], float]:
         return theta / factor, 1.0
     if kind == "ntk":
         return (rope.base * factor ** (n / (n - 2))) ** (-2 * i / n), 1.0
+    if kind == "llama3":
+        return np.array([llama3(frequency, factor, rope) for frequency in theta]), 1.0
     return yarn(theta, factor, n, rope), 0.1 * np.log(factor) + 1
 
 
@@ -65,6 +68,21 @@ def yarn(theta: Float[Array, " {n}//2"], factor: float, n: int, rope: Rope) -> F
     high = min(np.ceil(pair_with(float(rope.scaling.get("beta_slow", 1.0)))), n - 1.0)
     ramp = np.clip((np.arange(n // 2) - low) / max(high - low, 1e-3), 0.0, 1.0)
     return theta * (1 - ramp) + theta / factor * ramp
+
+
+def llama3(theta: float, factor: float, rope: Rope) -> float:
+    """Waves much shorter than the trained length are kept, longer ones stretched, those between mixed."""
+    assert rope.scaling is not None
+    wavelength = 2 * np.pi / theta
+    trained_length = float(rope.scaling["original_max_position_embeddings"])
+    low = float(rope.scaling.get("low_freq_factor", 1.0))
+    high = float(rope.scaling.get("high_freq_factor", 4.0))
+    if wavelength < trained_length / high:
+        return theta
+    if wavelength > trained_length / low:
+        return theta / factor
+    s = (trained_length / wavelength - low) / (high - low)
+    return (1 - s) * theta / factor + s * theta
 
 
 def rotate(

@@ -158,9 +158,18 @@ def test_a_scaling_is_copied_so_that_its_owner_cannot_change_it():
     assert rope.scaling == {"rope_type": "ntk", "factor": 2.0}
 
 
+def test_the_scaling_of_llama3_has_the_bounds_of_llama_3_1_unless_given():
+    plain = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}
+    rope = RopeConfig(scaling=plain)
+    assert rope == RopeConfig(scaling={**plain, "low_freq_factor": 1.0, "high_freq_factor": 4.0})
+    assert rope != RopeConfig(scaling={**plain, "high_freq_factor": 8.0})
+    assert ModelConfig(rope_scaling=plain).rope.scaling == rope.scaling
+
+
 # ----------------------------------------------------------------------------------------- what is refused
 
 YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 1024}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}
 
 WRONG_ROPE = [
     ({"base": 1.0}, ValueError, "base must be finite and > 1, got 1.0"),
@@ -200,6 +209,26 @@ WRONG_ROPE = [
         {"scaling": {**YARN, "beta_slow": 0}},
         ValueError,
         r"scaling\['beta_slow'\] must be finite and > 0, got 0",
+    ),
+    (
+        {"scaling": {"rope_type": "llama3", "factor": 8.0}},
+        TypeError,
+        "original_max_position_embeddings.*got None",
+    ),
+    (
+        {"scaling": {**LLAMA3, "beta_fast": 32.0}},
+        ValueError,
+        "takes factor, original_max_position_embeddings, low_freq_factor, high_freq_factor, got beta_fast",
+    ),
+    (
+        {"scaling": {**LLAMA3, "low_freq_factor": 0.0}},
+        ValueError,
+        r"scaling\['low_freq_factor'\] must be finite and > 0, got 0.0",
+    ),
+    (
+        {"scaling": {**LLAMA3, "low_freq_factor": 4.0}},
+        ValueError,
+        r"scaling\['high_freq_factor'\] must be > scaling\['low_freq_factor'\], got 4.0 and 4.0",
     ),
 ]
 

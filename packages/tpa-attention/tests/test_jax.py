@@ -82,10 +82,11 @@ ROPES = {
     "linear": {"scaling": {"rope_type": "linear", "factor": 4.0}},
     "ntk": {"scaling": {"rope_type": "ntk", "factor": 4.0}},
     "yarn": {"scaling": YARN, "sign": 1},
+    "llama3": {"scaling": {**YARN, "rope_type": "llama3"}, "sign": 1},
 }
 
 
-@pytest.mark.parametrize("options", few(ROPES, "interleaved, plus", "partial", "yarn"))
+@pytest.mark.parametrize("options", few(ROPES, "interleaved, plus", "partial", "yarn", "llama3"))
 def test_rotation_agrees_with_the_truth(options):
     rng = np.random.default_rng(0)
     b, positions = rng.normal(size=(2, 3, 2, 16)), rng.integers(-50, 5000, size=(2, 3))

@@ -10,10 +10,12 @@ import transformers
 from hf_cases import build
 from hf_cases import greedy as generate
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from tpa_attention.torch.convert import convert_hf_llama, mha_to_tpa
 from tpa_attention.torch.hf import T6ForCausalLM
 from tpa_attention.torch.llama import rope_config
+from tpa_attention.torch.rope import frequencies
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -38,6 +40,14 @@ ROPES = {
         "rope_theta": 10000.0,
         "factor": 4.0,
         "original_max_position_embeddings": 16,
+    },
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 100.0,  # wavelengths 6.3 and 62.8 at D = 4: one kept, one stretched
+        "factor": 8.0,
+        "original_max_position_embeddings": 32,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
     },
 }
 MODELS = {
@@ -98,7 +108,7 @@ def test_left_padding_and_a_static_cache_give_the_tokens_of_llama():
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [("GQA", torch.float32), ("tied", torch.bfloat16), ("yarn", torch.float32)]
+    ("name", "dtype"), [("GQA", torch.float32), ("tied", torch.bfloat16), ("llama3", torch.float32)]
 )
 def test_converted_model_saves_as_safetensors_and_loads_as_t6(tmp_path, name, dtype):
     converted, _ = convert_hf_llama(llama(name, dtype=dtype), 1, 2, q_rank=3)
@@ -182,6 +192,31 @@ def test_bias_without_refinement_changes_no_logit():
 
 
 @pytest.mark.parametrize(
+    ("width", "factor", "high"),
+    [(128, 8.0, 4.0), (64, 32.0, 4.0), (128, 8.0, 16.0)],
+    ids=["3.1", "3.2", "another bound"],
+)
+def test_rotation_of_llama_3_has_the_frequencies_of_transformers(width, factor, high):
+    scaling = {
+        "rope_type": "llama3",
+        "factor": factor,
+        "original_max_position_embeddings": 8192,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": high,
+    }
+    # as the files of Llama 3.1 and 3.2 have it; transformers writes into the dictionary
+    rotation = {"rope_theta": 500000.0, "rope_scaling": dict(scaling), "max_position_embeddings": 131072}
+    config = LlamaConfig.from_dict({**SIZES, "head_dim": width, **rotation})
+    rope = rope_config(config)
+    assert (rope.base, rope.sign, rope.scaling) == (500000.0, 1, scaling)
+    theirs = LlamaRotaryEmbedding(config)
+    ours, scale = frequencies(width, rope, torch.device("cpu"))
+    assert scale == theirs.attention_scaling == 1.0
+    # transformers has its powers of the base in float32
+    torch.testing.assert_close(ours.float(), theirs.inv_freq, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"attention_bias": True}, r"config.attention_bias must be False for T6, got True"),
@@ -190,7 +225,7 @@ def test_bias_without_refinement_changes_no_logit():
         ({"attention_dropout": 0.1}, r"config.attention_dropout must be 0 for T6, got 0.1"),
         (
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-            r"config.rope_parameters must be of type .* got 'dynamic'",
+            r"config.rope_parameters must be of type default, linear, yarn, llama3, got 'dynamic'",
         ),
         (
             {"rope_parameters": {**ROPES["yarn"], "attention_factor": 2.0}},

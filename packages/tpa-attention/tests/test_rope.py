@@ -27,6 +27,14 @@ SCALINGS = {
         "beta_fast": 8.0,
         "beta_slow": 2.0,
     },
+    "llama3": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64},
+    "llama3 with its bounds": {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "original_max_position_embeddings": 2048,
+        "low_freq_factor": 2.0,
+        "high_freq_factor": 16.0,
+    },
 }
 EVERY = [
     pytest.param(layout, sign, fraction, id=f"{layout} {sign:+d} {fraction}")
@@ -183,6 +191,21 @@ def test_a_table_made_once_turns_like_rope():
 def test_frequencies_start_at_one_and_follow_the_base():
     theta, factor = frequencies(8, RopeConfig(base=10000.0))
     np.testing.assert_allclose(theta, [1, 1e-1, 1e-2, 1e-3], rtol=1e-15)
+    assert factor == 1.0
+
+
+def test_the_scaling_of_llama3_keeps_short_waves_stretches_long_ones_and_mixes_between():
+    # Llama 3.1: wavelengths 2 pi 500000^(i/64) against 8192/4 and 8192/1
+    scaling = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}
+    plain, _ = frequencies(128, RopeConfig(base=500000.0))
+    scaled, factor = frequencies(128, RopeConfig(base=500000.0, scaling=scaling))
+    wavelength, ratio = 2 * np.pi / plain, scaled / plain
+    short, long = wavelength < 2048, wavelength > 8192
+    assert (short.sum(), long.sum()) == (29, 29)
+    np.testing.assert_allclose(ratio[short], 1.0, rtol=1e-15)
+    np.testing.assert_allclose(ratio[long], 1 / 8, rtol=1e-15)
+    # i = 32: 8192 / (2 pi sqrt(500000)) = 1.8438478 turns, s = 0.28128261, 1/8 + 7/8 s
+    np.testing.assert_allclose(ratio[32], 0.37112228, rtol=1e-7)
     assert factor == 1.0
 
 

@@ -12,7 +12,9 @@ SCALING_KEYS = {
     "linear": ("factor",),
     "ntk": ("factor",),
     "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
 }
+LOW_FREQ_FACTOR, HIGH_FREQ_FACTOR = 1.0, 4.0  # of llama3, where they are not given: those of Llama 3.1
 ROPE_DTYPES = ("float64", "float32", "bfloat16", "float16")
 SIZES = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
@@ -114,14 +116,21 @@ def rope_scaling(name: str, scaling: object) -> dict[str, Any]:
     keys = SCALING_KEYS[str(kind)]
     if unknown := sorted(set(given) - {"rope_type", *keys}):
         raise ValueError(f"{name} of kind {kind!r} takes {', '.join(keys)}, got {', '.join(unknown)} as well")
-    if kind == "yarn":
-        key = "original_max_position_embeddings"
-        positive_int(f"{name}[{key!r}]", given.get(key))
-    for key in ("factor", "beta_fast", "beta_slow"):
-        if key == "factor" or key in given:
+    length = "original_max_position_embeddings"
+    if length in keys:
+        positive_int(f"{name}[{length!r}]", given.get(length))
+    for key in keys:
+        if key != length and (key == "factor" or key in given):
             real_above(f"{name}[{key!r}]", given.get(key), 0)
     if given["factor"] < 1:
         raise ValueError(f"{name}['factor'] must be >= 1, got {given['factor']!r}")
+    if kind == "llama3":
+        given = {"low_freq_factor": LOW_FREQ_FACTOR, "high_freq_factor": HIGH_FREQ_FACTOR, **given}
+        low, high = given["low_freq_factor"], given["high_freq_factor"]
+        if high <= low:
+            raise ValueError(
+                f"{name}['high_freq_factor'] must be > {name}['low_freq_factor'], got {high!r} and {low!r}"
+            )
     return given
 
 

@@ -9,7 +9,8 @@ counted in integers instead: with u_i = theta_i / (2 pi) in units of 2^-32, t u_
 uint32 arithmetic leaves over, exact to a few 10^-7 at any position.
 
 Source: Zhang et al. 2025 (arXiv 2501.06425), Section 3, Appendices C and F.4. Scalings are not in the paper:
-linear (Chen et al. 2023, arXiv 2306.15595), ntk (a change of base), yarn (Peng et al., arXiv 2309.00071).
+linear (Chen et al. 2023, arXiv 2306.15595), ntk (a change of base), yarn (Peng et al., arXiv 2309.00071),
+llama3 (Llama 3.1's released code).
 """
 
 from typing import Any
@@ -62,7 +63,7 @@ def frequencies(n: int, config: RopeConfig) -> tuple[Float[np.ndarray, " {n}//2"
     """The n/2 angles per position, theta_i = base^(-2i/n) with i from 0, and the factor on cos and sin.
 
     linear divides every frequency by the factor; ntk raises the base so that the slowest one is divided by
-    it; yarn divides the slow ones and scales cos and sin.
+    it; yarn and llama3 divide the slow ones, and yarn scales cos and sin.
     """
     exponent = np.arange(n // 2) * (-2 / n)
     scaling = config.scaling
@@ -73,6 +74,8 @@ def frequencies(n: int, config: RopeConfig) -> tuple[Float[np.ndarray, " {n}//2"
         return config.base**exponent / factor, 1.0
     if scaling["rope_type"] == "ntk":
         return (config.base * factor ** (n / (n - 2))) ** exponent, 1.0
+    if scaling["rope_type"] == "llama3":
+        return _llama3(config.base**exponent, scaling), 1.0
     return _yarn(config.base**exponent, n, config.base, scaling), 0.1 * float(np.log(factor)) + 1
 
 
@@ -135,6 +138,14 @@ def _yarn(
     high = min(np.ceil(pair_with(scaling.get("beta_slow", 1.0))), n - 1.0)
     ramp = np.clip((np.arange(n // 2) - low) / max(high - low, 1e-3), 0.0, 1.0)
     return theta * (1 - ramp) + theta / scaling["factor"] * ramp
+
+
+def _llama3(theta: Float[np.ndarray, " pairs"], scaling: dict[str, Any]) -> Float[np.ndarray, " pairs"]:
+    """Like yarn, with a ramp over the turns within the trained length instead of over the pairs."""
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * theta / (2 * np.pi)  # L / wavelength
+    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return theta * kept + theta / scaling["factor"] * (1 - kept)
 
 
 def _validated_rotary_dim(b: Array, positions: Array, config: RopeConfig) -> int:

@@ -34,8 +34,9 @@ class RopeConfig:
         fraction: share of the features that turn, in [0, 1]; 0 switches RoPE off.
         layout: "half" pairs (i, i + D/2), "interleaved" pairs (2i, 2i + 1).
         sign: -1 is the paper's q T_t, +1 the convention of LLaMA and Hugging Face.
-        scaling: None, or a dictionary as Hugging Face writes it: rope_type linear, ntk or yarn, factor >= 1;
-            for yarn also original_max_position_embeddings and, if wished, beta_fast (32) and beta_slow (1).
+        scaling: None, or a dictionary as Hugging Face writes it: rope_type linear, ntk, yarn or llama3 and
+            factor >= 1; for the last two also original_max_position_embeddings and, if wished, beta_fast (32)
+            and beta_slow (1) for yarn, low_freq_factor (1) and high_freq_factor (4, above it) for llama3.
         dtype: precision to which cos and sin are rounded, None for float32 (float64 for float64 input);
             "bfloat16" reproduces the authors' rounding.
 

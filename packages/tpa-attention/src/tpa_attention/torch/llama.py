@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import Module
 
+from tpa_attention._checks import SCALING_KEYS
 from tpa_attention.config import RopeConfig
 
 from .hf import T6Config, T6ForCausalLM  # first: says what to install where transformers is missing
@@ -42,7 +43,7 @@ PARTS = {
     "mlp.down_proj": "ffn.w3",
 }
 OUTSIDE = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
-SCALING_OPTIONS = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
+SCALINGS = ("linear", "yarn", "llama3")  # ntk is no kind of transformers: "dynamic" moves with the length
 FLOAT32_POWER = 1e-5  # transformers raises the base to its powers in float32
 
 
@@ -97,12 +98,14 @@ def rope_config(config: LlamaConfig) -> RopeConfig:
     """
     given: dict[str, Any] = dict(config.rope_parameters or {})
     kind = given["rope_type"]
-    if kind not in ("default", "linear", "yarn"):
-        raise ValueError(f"config.rope_parameters must be of type default, linear or yarn, got {kind!r}")
+    if kind not in ("default", *SCALINGS):
+        raise ValueError(
+            f"config.rope_parameters must be of type default, {', '.join(SCALINGS)}, got {kind!r}, whose "
+            "frequencies change with the length of the text or are listed one by one"
+        )
     scaling = None
     if kind != "default":
-        keys = SCALING_OPTIONS if kind == "yarn" else SCALING_OPTIONS[:1]
-        scaling = {key: given[key] for key in keys if given.get(key) is not None}
+        scaling = {key: given[key] for key in SCALING_KEYS[kind] if given.get(key) is not None}
         if kind == "yarn":
             scaling.setdefault("original_max_position_embeddings", config.max_position_embeddings)
         scaling["rope_type"] = kind

@@ -13,7 +13,8 @@ heads, and keys are cached turned. With sign = -1 (the paper's q T_t and the aut
 with sign = +1 (LLaMA, Hugging Face) both sines change sign; both satisfy the theorem.
 
 Source: Zhang et al. 2025 (arXiv 2501.06425), Section 3, Appendices C and F.4. Scalings are not in the paper:
-linear (Chen et al. 2023, arXiv 2306.15595), ntk (a change of base), yarn (Peng et al., arXiv 2309.00071).
+linear (Chen et al. 2023, arXiv 2306.15595), ntk (a change of base), yarn (Peng et al., arXiv 2309.00071),
+llama3 (Llama 3.1's released code).
 """
 
 import math
@@ -83,7 +84,7 @@ def frequencies(
     Args:
         n: rotary dimension, even and > 0.
         config: base and scaling. linear divides every frequency by the factor; ntk raises the base so that
-            the slowest one is divided by it; yarn divides the slow ones and scales cos and sin.
+            the slowest one is divided by it; yarn and llama3 divide the slow ones, yarn scales cos and sin.
         device: where the result lives, by default torch's.
 
     Raises:
@@ -105,6 +106,8 @@ def frequencies(
         return _power(config.base, exponent) / factor, 1.0
     if scaling["rope_type"] == "ntk":
         return _power(config.base * factor ** (n / (n - 2)), exponent), 1.0
+    if scaling["rope_type"] == "llama3":
+        return _llama3(_power(config.base, exponent), scaling), 1.0
     return _yarn(_power(config.base, exponent), n, config.base, scaling), 0.1 * math.log(factor) + 1
 
 
@@ -180,6 +183,14 @@ def _yarn(theta: Tensor, n: int, base: float, scaling: dict[str, Any]) -> Tensor
     pairs = torch.arange(n // 2, dtype=theta.dtype, device=theta.device)
     ramp = ((pairs - low) / max(high - low, 1e-3)).clamp(0, 1)
     return theta * (1 - ramp) + theta / scaling["factor"] * ramp
+
+
+def _llama3(theta: Tensor, scaling: dict[str, Any]) -> Tensor:
+    """Like yarn, with a ramp over the turns within the trained length instead of over the pairs."""
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * theta / (2 * math.pi)  # L / wavelength
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return theta * kept + theta / scaling["factor"] * (1 - kept)
 
 
 def _widest_dtype(device: torch.device | None) -> torch.dtype:
