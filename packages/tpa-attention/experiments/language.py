@@ -6,11 +6,14 @@ are chosen so that no attention layer has more parameters than MHA's 4 d^2 = 65,
 sees the same batches and starts from the same embedding.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
+import side_by_side
 import torch
 
 from tenfold_tools import data
@@ -23,6 +26,7 @@ from tpa_attention.torch.model import T6, param_groups
 WIDTH, LAYERS, HEAD_DIM, CONTEXT, BATCH, WARMUP, FLOOR = 128, 2, 32, 128, 16, 50, 0.1
 RATES = (1.5e-3, 3e-3, 6e-3)
 TUNING_SEED = 99
+THIS = sys.modules[__name__]
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class Arm:
             num_key_value_heads=self.kv_heads,
             max_position_embeddings=CONTEXT,
             init=self.init,
+            impl="sdpa",  # mechanisms are compared, not kernels
         )
 
 
@@ -135,23 +140,36 @@ def train_model(arm: Arm, seed: int, text: data.ByteText, length: Length) -> Tra
     return Trained(evaluate(model, windows)[0], curve)
 
 
+def train_on_source(arm: Arm, seed: int, length: Length) -> Trained:
+    """One run on the standard library's source."""
+    return train_model(arm, seed, source(), length)
+
+
+@cache
+def source() -> data.ByteText:
+    """The text, read once per process."""
+    return data.stdlib_source()
+
+
 def train_all(run: Run, arms: Sequence[Arm], seeds: Sequence[int], length: Length) -> Runs:
-    """Every arm on every seed, with progress."""
-    text = data.stdlib_source()
-    jobs = [(arm, seed) for seed in seeds for arm in arms]
-    return {(arm.name, seed): train_model(arm, seed, text, length) for arm, seed in run.track(jobs, "runs")}
+    """Every arm on every seed, with progress; on a GPU as many at a time as there are cores."""
+    jobs = [(arm, seed, length) for seed in seeds for arm in arms]
+    workers = side_by_side.worker_count(length.device, len(jobs))
+    found = side_by_side.results(train_on_source, jobs, workers, THIS)
+    return {(arm.name, seed): next(found) for arm, seed, _ in run.track(jobs, "runs")}
 
 
 def tune(run: Run, arms: Sequence[Arm], length: Length) -> tuple[list[Arm], list[dict[str, Any]]]:
     """Each arm with its best rate on the tuning seed, and every configuration that was tried."""
-    chosen, tried = [], []
-    for arm in arms:
-        candidates = [replace(arm, name=f"{arm.name} at {rate:g}", lr=rate) for rate in RATES]
-        found = train_all(run, candidates, [TUNING_SEED], length)
-        tried += configurations(candidates, [TUNING_SEED], found, length, "tuning")
-        best = min(candidates, key=lambda candidate: found[candidate.name, TUNING_SEED].held_out)
-        chosen.append(replace(arm, lr=best.lr))
-    return chosen, tried
+    grid = {arm: [replace(arm, name=f"{arm.name} at {rate:g}", lr=rate) for rate in RATES] for arm in arms}
+    candidates = [candidate for of_arm in grid.values() for candidate in of_arm]
+    found = train_all(run, candidates, [TUNING_SEED], length)
+    best = {
+        arm: min(of_arm, key=lambda candidate: found[candidate.name, TUNING_SEED].held_out)
+        for arm, of_arm in grid.items()
+    }
+    tried = configurations(candidates, [TUNING_SEED], found, length, "tuning")
+    return [replace(arm, lr=best[arm].lr) for arm in arms], tried
 
 
 def configurations(

@@ -167,6 +167,24 @@ def test_arms_of_a_seed_share_batches_and_embedding(module, monkeypatch):
     assert batch[0].shape == (16, 128)
 
 
+def test_a_gpu_trains_as_many_models_at_a_time_as_there_are_cores(module, monkeypatch):
+    count = module.language.side_by_side.worker_count
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)), raising=False)
+    assert [count("cuda", 56), count("cuda:1", 3), count("cpu", 56)] == [16, 3, 1]
+
+
+@pytest.mark.slow  # two processes that import torch
+def test_jobs_side_by_side_come_back_in_order_and_their_errors_too(module):
+    language = module.language
+    signs = [harness.Number("x", value, value - 1, value + 1) for value in (-3.0, 0.0, 3.0, -3.0)]
+    jobs = [*((number,) for number in signs), (None,)]
+    found = language.side_by_side.results(language.superiority, jobs, 2, language.THIS)
+    assert [next(found) for _ in signs] == ["supported", "undecided", "not supported", "supported"]
+    with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'high'"):
+        next(found)
+    assert "language" not in sys.modules
+
+
 def losses(module, monkeypatch, level):
     """Training is replaced by `level(arm, seed)`."""
     language = module.language
