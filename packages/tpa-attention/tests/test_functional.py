@@ -391,12 +391,12 @@ def test_decoding_takes_scratch_that_does_not_grow_with_the_cache(ragged, dtype)
 
 
 def test_a_cache_of_sixteen_bits_is_not_widened_under_autocast():
-    factors = tensors(draw(0, T=1, M=4 * 2048, B=1, H=32, D=8, E=8, ranks=(2, 2, 2)), torch.bfloat16)
+    factors = tensors(draw(0, T=1, M=4 * 4096, B=1, H=32, D=8, E=8, ranks=(2, 2, 2)), torch.bfloat16)
     mode = Allocations(factors)
     with torch.autocast("cpu", torch.bfloat16), mode:
         out = tpa_decode_factors(*factors)
     assert out.dtype == torch.bfloat16
-    assert mode.largest == 2048 * 2 * 32 * 4  # A of one block of 2048 tokens in float32, a quarter of it all
+    assert mode.largest == 4096 * 2 * 32 * 4  # A of one block of 4096 tokens in float32, a quarter of it all
 
 
 def test_the_query_form_follows_the_count_of_multiply_adds():

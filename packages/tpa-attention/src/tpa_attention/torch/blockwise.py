@@ -167,10 +167,9 @@ def block_logits(
             mixed = (mixed.transpose(1, 2) @ aq).transpose(1, 2)  # (B, N, m, RQ) @ (B, N, RQ, H)
         heads = ak[:, :, s].unsqueeze(2)
         term = mixed * heads if recorded else mixed.mul_(heads)
-        if total is None:
-            total = term
-        else:
-            total = total + term if recorded else total.add_(term)
+        if total is not None:
+            term = total + term if recorded else total.add_(term)
+        total = term
     if total is None:
         raise ValueError("ak must have at least one rank, got none")
     return total
