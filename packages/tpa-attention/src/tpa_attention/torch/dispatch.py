@@ -1,5 +1,6 @@
-"""Which implementation decodes, and how the choices that are not plain torch in blocks are called."""
+"""Which implementation answers a call, and how the choices that are not plain torch are called."""
 
+import functools
 import importlib.util
 import os
 
@@ -12,6 +13,70 @@ from tpa_attention.torch.factors import RecordLayout, logit_scale, rank_factor
 from tpa_attention.torch.masks import both, ragged_mask, split_mask
 
 KERNEL_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+TENSOR_CORE_TYPES = (torch.float16, torch.bfloat16)
+MAX_KERNEL_WIDTH = 256  # D and E of whole sequences: tiles of wider heads fit no multiprocessor
+Factors = tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def chosen_attention(impl: str, factors: Factors, attn_mask: Tensor | None) -> str:
+    """What "auto" attends to whole sequences with: the kernel on CUDA in 16 bits, else torch's attention.
+
+    In float32 the kernel multiplies without tensor cores, as exactly as the reference; torch's does not.
+    """
+    if impl not in ("auto", "triton"):
+        return impl
+    reason = kernel_problem(factors[1].device) or attention_problem(factors, attn_mask)
+    if impl == "triton" and reason:
+        raise RuntimeError(f"impl='triton' cannot run: {reason}")
+    if impl == "auto":
+        fast = factors[1].device.type == "cuda" and compute_type(factors) in TENSOR_CORE_TYPES
+        return "triton" if fast and reason is None else "sdpa"
+    return impl
+
+
+def attention_problem(factors: Factors, attn_mask: Tensor | None) -> str | None:
+    """What of a call with whole sequences the kernel does not take; None if it takes it."""
+    if attn_mask is not None:
+        return "its kernel for whole sequences takes no attn_mask; use impl='auto' or 'sdpa'"
+    if (dtype := compute_type(factors)) not in KERNEL_TYPES:
+        return f"it takes float32, float16 and bfloat16, got {dtype}; use impl='auto' or 'sdpa'"
+    if (width := max(factors[1].shape[3], factors[5].shape[3])) > MAX_KERNEL_WIDTH:
+        return f"it takes heads up to {MAX_KERNEL_WIDTH} wide, got {width}; use impl='auto' or 'sdpa'"
+    return None
+
+
+def compute_type(factors: Factors) -> torch.dtype:
+    """The type of the matrix products: that of autocast where it is on, else the widest of the factors."""
+    device = factors[1].device.type
+    dtype = functools.reduce(torch.promote_types, [x.dtype for x in factors if x is not None])
+    if dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return dtype
+
+
+def attend_by_kernel(
+    factors: Factors,
+    *,
+    causal: bool,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    window: int | None,
+    scale: float | None,
+    rank_scale: bool,
+) -> tuple[Tensor, Tensor]:
+    """The operator `tpa::prefill`, whose factors have one type and whose scales hold everything."""
+    from tpa_attention.torch.prefill_ops import prefill
+
+    dtype = compute_type(factors)
+    aq = None if factors[0] is None else factors[0].to(dtype)
+    bq, ak, bk, av, bv = (factor.to(dtype) for factor in factors[1:])
+    logits = (
+        logit_scale(scale, factors[1].shape[-1]) * rank_factor(aq, rank_scale) * rank_factor(ak, rank_scale)
+    )
+    return prefill(
+        *(aq, bq, ak, bk, av, bv, cu_seqlens_q, cu_seqlens_k, causal, window, logits),
+        rank_factor(av, rank_scale),
+    )
 
 
 def chosen(impl: str, *tensors: Tensor | None) -> str:

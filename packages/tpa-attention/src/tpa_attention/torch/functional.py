@@ -30,7 +30,6 @@ from tpa_attention.torch.factors import RecordLayout
 
 ATTENTION_IMPLS = ("auto", "reference", "sdpa", "flex", "triton")
 DECODE_IMPLS = ("auto", "reference", "sdpa", "flex", "blockwise", "triton")
-NO_ATTENTION_KERNEL = "there are kernels for decoding only; use impl='sdpa' or 'flex'"
 
 Result = Float[Tensor, "B T H E"] | tuple[Float[Tensor, "B T H E"], Float[Tensor, "B T H"]]
 
@@ -73,9 +72,11 @@ def tpa_attention(
         window: keys i with 0 <= t - i < window are seen; needs `causal`.
         scale: factor of the logits, D^-0.5 if None.
         rank_scale: whether Q, K and V carry 1/R, as the paper defines them.
-        impl: "auto", "reference", "sdpa", "flex" or "triton".
+        impl: "auto", "reference", "sdpa", "flex" or "triton", which keeps factors, output and log-sum-exps
+            for the backward pass and no head's Q, K or V; it takes no `attn_mask`.
         return_lse: also return the log-sum-exp of the scaled logits (B, T, H), float32 (float64 of float64).
-        deterministic: gradients do not change from run to run, at a price in speed.
+        deterministic: gradients do not change from run to run, at a price in speed unless the kernels answer,
+            whose gradients never do.
 
     Raises:
         TypeError: if a factor is not floating, a mask neither bool nor floating, boundaries are no integers.
@@ -92,9 +93,9 @@ def tpa_attention(
     arguments.check_boundaries(cu_seqlens_q, cu_seqlens_k, B, T, M)
     check_impl(impl, ATTENTION_IMPLS)
     factors = (aq, bq, ak, bk, av, bv)
+    impl = dispatch.chosen_attention(impl, factors, attn_mask)
     keywords: dict[str, Any] = {
         "causal": causal,
-        "attn_mask": attn_mask,
         "cu_seqlens_q": cu_seqlens_q,
         "cu_seqlens_k": cu_seqlens_k,
         "window": window,
@@ -102,8 +103,9 @@ def tpa_attention(
         "rank_scale": rank_scale,
     }
     if impl == "triton":
-        reason = dispatch.kernel_problem(bq.device) or NO_ATTENTION_KERNEL
-        raise RuntimeError(f"impl='triton' cannot run: {reason}")
+        out, lse = dispatch.attend_by_kernel(factors, **keywords)
+        return result(out, lse, return_lse)
+    keywords["attn_mask"] = attn_mask
     if impl == "reference":
         out, lse = reference.tpa_attention(*factors, **keywords)
     elif impl == "flex":
