@@ -11,7 +11,9 @@ from tpa_attention.torch.kernels.decode_config import (
     Shape,
     choose_cut,
     choose_splits,
+    dump_tuned,
     is_long,
+    load_tuned,
     padded,
     padded_heads,
     padded_rows,
@@ -45,10 +47,12 @@ def test_every_cut_is_one_that_the_kernel_can_run(shape):
     for size in (cut.block_m, cut.block_rows):
         assert size >= 16
         assert size & (size - 1) == 0
-    assert cut.num_warps in (4, 8)
-    assert 1 <= cut.num_stages <= 4
+    assert 1 <= cut.num_warps <= 8
+    assert 1 <= cut.num_stages <= 3
+    assert 1 <= cut.programs <= 8
     if cut.num_stages > 1:  # else tiles are not kept in shared memory
-        assert cut.num_stages * cut.block_m * shape.bytes_per_token <= 96 << 10
+        tile = cut.block_m * min(8, max(shape.k_rank, shape.v_rank)) / max(shape.k_rank, shape.v_rank)
+        assert (cut.num_stages - 1) * tile * shape.bytes_per_token <= 227 << 10
     assert cut.block_rows <= padded_rows(shape)
     assert not (cut.factored and shape.q_rank is None)
     # rows of a program are whole queries, or a part of one
@@ -77,36 +81,82 @@ def test_the_query_is_factored_where_the_paper_counts_fewer_products(heads, head
 
 
 @given(
-    batch=st.integers(1, 64),
-    row_blocks=st.integers(1, 4),
+    groups=st.integers(1, 256),
     span=st.integers(0, 1 << 20),
     block_m=st.sampled_from([16, 64, 128]),
+    programs=st.integers(1, 8),
+    ragged=st.booleans(),
 )
-def test_splits_are_whole_tiles_that_cover_what_is_to_be_read(batch, row_blocks, span, block_m):
-    splits = choose_splits(batch, row_blocks, span, block_m, processors=132)
+def test_splits_are_whole_tiles_that_cover_what_is_to_be_read(groups, span, block_m, programs, ragged):
+    splits = choose_splits(groups, span, block_m, 132 * programs, ragged)
     length = split_length(span, splits, block_m)
     assert length % block_m == 0
     assert splits * length >= span
-    assert splits == 1 or length >= 4 * block_m
-    assert (splits - 1) * batch * row_blocks <= 3 * 132
+    assert splits == 1 or (splits - 1) * length < span  # none is empty
+    assert splits <= max(1, 6 * 132 * programs // groups)  # six waves at most
 
 
-def test_a_long_cache_fills_the_device_and_a_short_one_is_not_split():
-    assert choose_splits(1, 1, 1 << 20, 64, processors=132) == 3 * 132
-    assert choose_splits(4096, 1, 1 << 20, 64, processors=132) == 1
-    assert choose_splits(1, 1, 100, 64, processors=132) == 1
+def waves_of(groups, splits):
+    return -(-groups * splits // 792)
 
 
-def test_partial_results_stay_below_a_hundredth_of_a_long_cache():
+@pytest.mark.parametrize("groups", [1, 2, 5, 8, 16, 100])
+def test_a_long_cache_fills_whole_waves_of_programs(groups):
+    splits = choose_splits(groups, 1 << 20, 32, slots=792)
+    waves = waves_of(groups, splits)
+    # parts are whole tiles, of which there are hundreds: a few programs may be missing
+    assert 0.85 * 792 * waves <= groups * splits <= 792 * waves
+
+
+def test_a_short_cache_is_split_no_finer_than_pays():
+    assert choose_splits(1, 32, 32, slots=792) == 1
+    assert choose_splits(4096, 1 << 20, 32, slots=792) == 1
+    # with few tiles a part ends sooner the fewer it has, whatever surrounds them
+    assert choose_splits(1, 1024, 32, slots=792) == 32
+
+
+def test_ragged_lengths_get_more_parts_to_take_the_place_of_empty_ones():
+    equal, ragged = (choose_splits(8, 1 << 17, 32, slots=792, ragged=r) for r in (False, True))
+    assert waves_of(8, equal) == 1
+    assert waves_of(8, ragged) >= 3
+
+
+def test_partial_results_stay_below_a_fiftieth_of_a_long_cache():
     shape, tokens = paper(), 1 << 20
     cut = choose_cut("some device", shape)
-    splits = choose_splits(1, 1, tokens, cut.block_m, processors=132)
+    splits = choose_splits(1, tokens, cut.block_m, 132 * cut.programs)
     partial = splits * shape.heads * (shape.v_head_dim + 1) * 4
-    assert partial < 0.01 * tokens * shape.bytes_per_token
+    assert partial < 0.02 * tokens * shape.bytes_per_token
+
+
+def test_as_many_programs_as_are_meant_to_fit_do():
+    for shape in (paper(), paper(heads=64), paper(head_dim=128, v_head_dim=128), paper(itemsize=4)):
+        cut = choose_cut("some device", shape)
+        assert cut.programs * cut.num_warps * 32 * cut.registers <= 1 << 16
+        assert cut.registers % 8 == 0 or cut.registers == 255
+
+
+def test_a_table_of_cuts_is_read_as_it_was_written(tmp_path):
+    measured = {
+        ("NVIDIA X", paper()): Cut(32, 16, False, 2, 5, 4),
+        ("NVIDIA X", paper(q_rank=None)): Cut(64, 32, True, 4, 3, 2),
+    }
+    file = tmp_path / "tuned.json"
+    file.write_text(dump_tuned(measured))
+    assert load_tuned(file) == measured
+    assert file.read_text().count("\n") == 4  # a line per entry, so that changes can be read
+
+
+def test_the_table_of_the_package_holds_cuts_that_the_kernel_can_run():
+    for (device, shape), cut in decode_config.TUNED.items():
+        assert device.startswith("NVIDIA ")
+        assert padded_rows(shape) % cut.block_rows == 0
+        assert min(cut.block_m, cut.block_rows) >= 16
+        assert not (cut.factored and shape.q_rank is None)
 
 
 def test_what_was_measured_on_a_device_overrules_the_rule(monkeypatch):
-    measured = Cut(block_m=32, block_rows=16, factored=False, num_warps=2, num_stages=5)
+    measured = Cut(block_m=32, block_rows=16, factored=False, num_warps=2, num_stages=5, programs=4)
     monkeypatch.setitem(decode_config.TUNED, ("measured device", paper()), measured)
     assert choose_cut("measured device", paper()) == measured
     assert choose_cut("another device", paper()) != measured

@@ -32,7 +32,7 @@ CALLS = [
 ]
 LAYOUTS = ["plain", "record", "transposed", "fixed a"]
 RAGGED = {"tokens": 40, "lens": (0, 1, 40, 23), "batch": 4}
-SMALL = Cut(block_m=16, block_rows=16, factored=False, num_warps=4, num_stages=2)
+SMALL = Cut(block_m=16, block_rows=16, factored=False, num_warps=4, num_stages=2, programs=2)
 # A half keeps 11 bits, a bfloat16 8; the interpreter cuts off what hardware rounds, products are float32
 OUTPUT_ERROR = {torch.float32: FLOAT32_ERROR, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 # On a GPU q, scores and weights too are rounded to the dtype before they are multiplied
@@ -317,7 +317,7 @@ def compile_for_hopper(case, tmp_path, monkeypatch, **switches):
         def __getitem__(self, grid):
             return self.compile
 
-        def compile(self, *args, num_warps, **constants):
+        def compile(self, *args, num_warps, maxnreg=None, **constants):
             names = self.kernel.arg_names
             numbers = self.kernel.params
             signature, fixed, aligned = {}, {**constants, **switches} if "N" in constants else constants, {}
@@ -338,7 +338,7 @@ def compile_for_hopper(case, tmp_path, monkeypatch, **switches):
             signature |= dict.fromkeys((name for name in fixed if name not in signature), "constexpr")
             source = ASTSource(self.kernel, {name: signature[name] for name in names}, fixed, aligned)
             target = GPUTarget("cuda", 90, 32)
-            code = triton.compile(source, target=target, options={"num_warps": num_warps}).asm
+            code = triton.compile(source, target=target, options={"num_warps": num_warps, "maxnreg": maxnreg}).asm
             compiled.append((code["ptx"], spilled(code["cubin"], tmp_path)))
 
     compiled = []

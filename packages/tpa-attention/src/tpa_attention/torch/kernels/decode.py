@@ -36,6 +36,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .decode_config import (
+    UNROLLED_RANKS,
     Cut,
     Shape,
     choose_cut,
@@ -47,16 +48,15 @@ from .decode_config import (
     queries_per_program,
     split_length,
 )
+from .decode_tiles import columns_of_query, take_in
 
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _QUANTISED = (torch.int8, torch.float8_e4m3fn)
 _LN2 = tl.constexpr(math.log(2))
-_LOG2E = tl.constexpr(math.log2(math.e))
 # numbers that change from call to call: a kernel is not compiled again because one of them is 1 or even
 _LENGTHS = ("capacity", "window", "split_length", "num_splits", "row_blocks", "table_b")
 _BATCH_STRIDES = ("ak_b", "bk_b", "av_b", "bv_b", "ks_b", "vs_b", "bias_b", "bias_h", "bias_n")
-_MERGED = 32  # splits at a time
-_UNROLLED_RANKS = 8
+_MERGED_LSES, _MERGED_NUMBERS = 512, 1 << 14  # at a time, of one row: LSEs, and numbers of partial results
 _COLUMNS = 64  # rows of B_Q at a time while q is formed
 
 
@@ -100,7 +100,8 @@ def decode_triton(
     row_blocks = triton.cdiv(padded_rows(shape), cut.block_rows)
     span = capacity if window is None else min(capacity, window + queries - 1)
     if num_splits is None:
-        num_splits = choose_splits(batch, row_blocks, span, cut.block_m, processors)
+        slots = processors * cut.programs
+        num_splits = choose_splits(batch * row_blocks, span, cut.block_m, slots, seq_lens is not None)
     length = split_length(span, num_splits, cut.block_m)
     num_splits = max(1, triton.cdiv(span, length))  # whole tiles may need fewer
 
@@ -111,6 +112,7 @@ def decode_triton(
         part_lses = bq.new_empty(*rows, dtype=torch.float32)
     own_queries = queries_per_program(heads, cut.block_rows, queries)
     columns = own_queries * shape.q_rank if shape.q_rank is not None else 1
+    stages = cut.num_stages + (2 if page and cut.num_stages > 1 else 0)  # pages are looked up before
     units = {name: _unit(factor) for name, factor in (("AK", ak), ("BK", bk), ("AV", av), ("BV", bv))}
     with torch.cuda.device(bq.device) if bq.device.type == "cuda" else nullcontext():
         _decode_split[(row_blocks * num_splits * batch,)](
@@ -125,17 +127,21 @@ def decode_triton(
             scale * math.log2(math.e), out_scale, capacity, window or 0, length, num_splits, row_blocks,
             N=queries, H=heads, D=head_dim, E=v_head_dim, RQ=shape.q_rank or 0, RK=shape.k_rank,
             RV=shape.v_rank, PAGE=page, WINDOWED=window is not None, FACTORED=cut.factored,
+            ONE_PAGE=page == 0 or (page % cut.block_m == 0 and window is None),
             COMPUTE=tl.float32 if _INTERPRETED else _TYPES[compute],
-            DIRECT=num_splits == 1, PIPELINED=not _INTERPRETED, STAGES=cut.num_stages, **units,
-            UNROLLED=max(shape.k_rank, shape.v_rank) <= _UNROLLED_RANKS,
+            OFFSET=tl.int32 if all(_spans_little(x, cut.block_m) for x in (ak, bk, av, bv)) else tl.int64,
+            DIRECT=num_splits == 1, PIPELINED=not _INTERPRETED, STAGES=stages, **units,
+            UNROLLED=max(shape.k_rank, shape.v_rank) <= UNROLLED_RANKS,
             HEADS=padded_heads(heads), D_PAD=padded(head_dim), E_PAD=padded(v_head_dim),
+            A_COLUMNS=padded(min(cut.block_rows, padded_heads(heads))),
             COLUMNS=columns, BLOCK_C=padded(columns) if cut.factored else min(_COLUMNS, padded(columns)),
-            BLOCK_R=cut.block_rows, BLOCK_M=cut.block_m, num_warps=cut.num_warps,
+            BLOCK_R=cut.block_rows, BLOCK_M=cut.block_m, num_warps=cut.num_warps, maxnreg=cut.registers,
         )  # fmt: skip
         if num_splits > 1:
             _merge_splits[(batch * queries * heads,)](
                 parts, part_lses, out, lse, num_splits, queries * heads,
-                E=v_head_dim, E_PAD=padded(v_head_dim), BLOCK_S=_MERGED, num_warps=4,
+                E=v_head_dim, E_PAD=padded(v_head_dim), BLOCK_L=_MERGED_LSES,
+                BLOCK_S=max(16, _MERGED_NUMBERS // padded(v_head_dim)), num_warps=8,
             )  # fmt: skip
     return out, lse
 
@@ -160,6 +166,12 @@ def _addressed(factor: Tensor, unit: int) -> tuple[Tensor, int, int, int, int]:
     return factor, of_page // unit, of_token // unit, of_rank, of_feature
 
 
+def _spans_little(factor: Tensor, tokens: int) -> bool:
+    """Whether offsets within a tile fit in 32 bits."""
+    steps = (tokens, factor.shape[2], padded(factor.shape[3]))
+    return sum(n * stride for n, stride in zip(steps, factor.stride()[1:], strict=True)) < 1 << 31
+
+
 @functools.lru_cache(maxsize=64)
 def _device(device: torch.device) -> tuple[str, int]:
     """Name and number of multiprocessors."""
@@ -167,126 +179,6 @@ def _device(device: torch.device) -> tuple[str, int]:
         return device.type, 4
     properties: Any = torch.cuda.get_device_properties(device)
     return properties.name, properties.multi_processor_count
-
-
-@triton.jit
-def _columns_of_query(
-    aq, aq_b, aq_n, aq_r, aq_h, bq, bq_b, bq_n, bq_r, bq_d, b, first_query, n, h, c, d,
-    N: tl.constexpr, H: tl.constexpr, D: tl.constexpr, RQ: tl.constexpr, COLUMNS: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):  # fmt: skip
-    """Columns c = (query, rank): A_Q^T as (rows, columns), zero between queries, and B_Q as (columns, D)."""
-    query = first_query + c // RQ
-    rank = c % RQ
-    valid = (c < COLUMNS) & (query < N)
-    own = (n[:, None] == query[None, :]) & (h[:, None] < H) & valid[None, :]
-    a_at = b * aq_b + query[None, :] * aq_n + rank[None, :] * aq_r + h[:, None] * aq_h
-    b_at = b * bq_b + query[:, None] * bq_n + rank[:, None] * bq_r + d[None, :] * bq_d
-    mix = tl.load(aq + a_at, mask=own, other=0.0).to(COMPUTE)
-    rows = tl.load(bq + b_at, mask=valid[:, None] & (d[None, :] < D), other=0.0).to(COMPUTE)
-    return mix, rows
-
-
-@triton.jit
-def _score_rank(
-    logits, q, mix, scale, a_from, b_from, scale_from, heads_inside, inside, features_inside,
-    SCALED: tl.constexpr, FACTORED: tl.constexpr, COMPUTE: tl.constexpr,
-):  # fmt: skip
-    """Logits (rows, tokens) and the scores of one rank of K."""
-    b = tl.load(b_from, mask=inside[:, None] & features_inside[None, :], other=0.0).to(COMPUTE)
-    scores = tl.dot(q, tl.trans(b), input_precision="ieee")
-    if FACTORED:
-        scores = tl.dot(mix, (scores * scale).to(COMPUTE), input_precision="ieee")
-    a = tl.load(a_from, mask=heads_inside[:, None] & inside[None, :], other=0.0).to(tl.float32)
-    if SCALED:
-        a = a * tl.load(scale_from, mask=inside, other=0.0)[None, :]
-    return logits + scores * a
-
-
-@triton.jit
-def _add_rank(
-    y, p, a_from, b_from, scale_from, heads_inside, inside, features_inside,
-    SCALED: tl.constexpr, COMPUTE: tl.constexpr,
-):  # fmt: skip
-    """Weighted values (rows, E) and those of one rank of V."""
-    a = tl.load(a_from, mask=heads_inside[:, None] & inside[None, :], other=0.0).to(tl.float32)
-    if SCALED:
-        a = a * tl.load(scale_from, mask=inside, other=0.0)[None, :]
-    b = tl.load(b_from, mask=inside[:, None] & features_inside[None, :], other=0.0).to(COMPUTE)
-    return tl.dot((p * a).to(COMPUTE), b, acc=y, input_precision="ieee")
-
-
-@triton.jit
-def _take_in(
-    y, total, top, first, stop, length, q, mix, n, h, d, e, b, scale,
-    ak, ak_b, ak_t, ak_r, ak_h, bk, bk_b, bk_t, bk_r, bk_d,
-    av, av_b, av_t, av_r, av_h, bv, bv_b, bv_t, bv_r, bv_e,
-    k_scale, ks_b, ks_t, ks_r, v_scale, vs_b, vs_t, vs_r,
-    bias, bias_b, bias_h, bias_n, bias_m, block_table, table_b, window,
-    N: tl.constexpr, H: tl.constexpr, D: tl.constexpr, E: tl.constexpr, RK: tl.constexpr, RV: tl.constexpr,
-    AK: tl.constexpr, BK: tl.constexpr, AV: tl.constexpr, BV: tl.constexpr, PAGE: tl.constexpr,
-    WINDOWED: tl.constexpr, FACTORED: tl.constexpr, COMPUTE: tl.constexpr, UNROLLED: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """The running softmax (y, total, top) after the tokens [first, first + BLOCK_M) below `stop`."""
-    t = first + tl.arange(0, BLOCK_M)
-    inside = t < stop
-    page, slot = b, t.to(tl.int64)
-    if PAGE:
-        page = tl.load(block_table + b * table_b + t // PAGE, mask=inside, other=0).to(tl.int64)
-        slot = slot % PAGE
-    of_head, of_d, of_e = h < H, d < D, e < E
-    k_a = ak + (page * (ak_b * AK) + slot * (ak_t * AK))[None, :] + h[:, None] * ak_h
-    k_b = bk + (page * (bk_b * BK) + slot * (bk_t * BK))[:, None] + d[None, :] * bk_d
-    v_a = av + (page * (av_b * AV) + slot * (av_t * AV))[None, :] + h[:, None] * av_h
-    v_b = bv + (page * (bv_b * BV) + slot * (bv_t * BV))[:, None] + e[None, :] * bv_e
-    SCALED: tl.constexpr = k_scale is not None
-    k_s, v_s = slot, slot
-    if SCALED:
-        k_s = k_scale + page * ks_b + slot * ks_t
-        v_s = v_scale + page * vs_b + slot * vs_t
-
-    logits = tl.zeros((BLOCK_R, BLOCK_M), dtype=tl.float32)
-    if UNROLLED:
-        for s in tl.static_range(RK):
-            logits = _score_rank(
-                logits, q, mix, scale, k_a + s * ak_r, k_b + s * bk_r, k_s + s * ks_r, of_head, inside, of_d,
-                SCALED, FACTORED, COMPUTE,
-            )  # fmt: skip
-    else:
-        for s in range(RK):
-            logits = _score_rank(
-                logits, q, mix, scale, k_a + s * ak_r, k_b + s * bk_r, k_s + s * ks_r, of_head, inside, of_d,
-                SCALED, FACTORED, COMPUTE,
-            )  # fmt: skip
-
-    distance = (length - N + n)[:, None] - t[None, :]
-    visible = (distance >= 0) & inside[None, :]
-    if WINDOWED:
-        visible = visible & (distance < window)
-    if bias is not None:
-        at = b * bias_b + (h * bias_h + n * bias_n)[:, None] + (t.to(tl.int64) * bias_m)[None, :]
-        known = of_head[:, None] & (n < N)[:, None] & inside[None, :]
-        logits += tl.load(bias + at, mask=known, other=0.0).to(tl.float32) * _LOG2E
-    logits = tl.where(visible, logits, float("-inf"))
-
-    new_top = tl.maximum(top, tl.max(logits, 1))
-    shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-    keep = tl.exp2(top - shift)
-    p = tl.exp2(logits - shift[:, None])
-    total = total * keep + tl.sum(p, 1)
-    y = y * keep[:, None]
-    if UNROLLED:
-        for u in tl.static_range(RV):
-            y = _add_rank(
-                y, p, v_a + u * av_r, v_b + u * bv_r, v_s + u * vs_r, of_head, inside, of_e, SCALED, COMPUTE
-            )
-    else:
-        for u in range(RV):
-            y = _add_rank(
-                y, p, v_a + u * av_r, v_b + u * bv_r, v_s + u * vs_r, of_head, inside, of_e, SCALED, COMPUTE
-            )
-    return y, total, new_top
 
 
 @triton.jit(do_not_specialize=[*_LENGTHS, *_BATCH_STRIDES])
@@ -299,9 +191,10 @@ def _decode_split(
     scale, out_scale, capacity, window, split_length, num_splits, row_blocks,
     N: tl.constexpr, H: tl.constexpr, D: tl.constexpr, E: tl.constexpr, RQ: tl.constexpr, RK: tl.constexpr,
     RV: tl.constexpr, AK: tl.constexpr, BK: tl.constexpr, AV: tl.constexpr, BV: tl.constexpr,
-    PAGE: tl.constexpr, WINDOWED: tl.constexpr, FACTORED: tl.constexpr, COMPUTE: tl.constexpr,
-    DIRECT: tl.constexpr, PIPELINED: tl.constexpr, STAGES: tl.constexpr, UNROLLED: tl.constexpr,
-    HEADS: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr, COLUMNS: tl.constexpr,
+    PAGE: tl.constexpr, ONE_PAGE: tl.constexpr, WINDOWED: tl.constexpr, FACTORED: tl.constexpr,
+    COMPUTE: tl.constexpr, OFFSET: tl.constexpr, DIRECT: tl.constexpr, PIPELINED: tl.constexpr,
+    STAGES: tl.constexpr, UNROLLED: tl.constexpr, HEADS: tl.constexpr, D_PAD: tl.constexpr,
+    E_PAD: tl.constexpr, A_COLUMNS: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Attention of BLOCK_R (query, head) rows to one split of one sequence; its LSE, base 2 unless DIRECT.
@@ -333,20 +226,24 @@ def _decode_split(
         e = tl.arange(0, E_PAD)
         first_query = row_block * BLOCK_R // HEADS
         c = tl.arange(0, BLOCK_C)
+        columns = tl.arange(0, A_COLUMNS)  # heads of the program
+        if BLOCK_R < HEADS:
+            columns += row_block % (HEADS // BLOCK_R) * BLOCK_R
+        select = ((h[:, None] == columns[None, :]) & (columns < H)[None, :]).to(COMPUTE)
         if RQ == 0:
             q_at = b * bq_b + (n * bq_n + h * bq_r)[:, None] + d[None, :] * bq_d
             q = tl.load(bq + q_at, mask=saved[:, None] & (d < D)[None, :], other=0.0).to(tl.float32) * scale
             q = q.to(COMPUTE)
             mix = q
         elif FACTORED:
-            mix, q = _columns_of_query(
+            mix, q = columns_of_query(
                 aq, aq_b, aq_n, aq_r, aq_h, bq, bq_b, bq_n, bq_r, bq_d, b, first_query, n, h, c, d,
                 N, H, D, RQ, COLUMNS, COMPUTE,
             )  # fmt: skip
         else:
             formed = tl.zeros((BLOCK_R, D_PAD), dtype=tl.float32)
             for start in tl.static_range(0, COLUMNS, BLOCK_C):
-                mix, rows = _columns_of_query(
+                mix, rows = columns_of_query(
                     aq, aq_b, aq_n, aq_r, aq_h, bq, bq_b, bq_n, bq_r, bq_d, b, first_query, n, h,
                     start + c, d, N, H, D, RQ, COLUMNS, COMPUTE,
                 )  # fmt: skip
@@ -357,28 +254,54 @@ def _decode_split(
         y = tl.zeros((BLOCK_R, E_PAD), dtype=tl.float32)
         total = tl.zeros((BLOCK_R,), dtype=tl.float32)
         top = tl.full((BLOCK_R,), float("-inf"), tl.float32)
+        full = begin  # up to here no token needs a mask
+        if not WINDOWED:
+            seen_by_all = tl.minimum(stop, length - N + 1)
+            full += tl.maximum(seen_by_all - begin, 0) // BLOCK_M * BLOCK_M
         if PIPELINED:
-            for first in tl.range(begin, stop, BLOCK_M, num_stages=STAGES):
-                y, total, top = _take_in(
-                    y, total, top, first, stop, length, q, mix, n, h, d, e, b, scale,
+            if not WINDOWED:
+                for first in tl.range(begin, full, BLOCK_M, num_stages=STAGES):
+                    y, total, top = take_in(
+                        y, total, top, first, stop, length, q, mix, select, n, h, columns, d, e, b, scale,
+                        ak, ak_b, ak_t, ak_r, ak_h, bk, bk_b, bk_t, bk_r, bk_d,
+                        av, av_b, av_t, av_r, av_h, bv, bv_b, bv_t, bv_r, bv_e,
+                        k_scale, ks_b, ks_t, ks_r, v_scale, vs_b, vs_t, vs_r,
+                        bias, bias_b, bias_h, bias_n, bias_m, block_table, table_b, window,
+                        N, H, D, E, RK, RV, AK, BK, AV, BV, PAGE, ONE_PAGE, WINDOWED, FACTORED, COMPUTE,
+                        OFFSET, UNROLLED, HEADS, D_PAD, E_PAD, A_COLUMNS, BLOCK_R, BLOCK_M, False,
+                    )  # fmt: skip
+            for first in tl.range(full, stop, BLOCK_M, num_stages=STAGES if WINDOWED else 1):
+                y, total, top = take_in(
+                    y, total, top, first, stop, length, q, mix, select, n, h, columns, d, e, b, scale,
                     ak, ak_b, ak_t, ak_r, ak_h, bk, bk_b, bk_t, bk_r, bk_d,
                     av, av_b, av_t, av_r, av_h, bv, bv_b, bv_t, bv_r, bv_e,
                     k_scale, ks_b, ks_t, ks_r, v_scale, vs_b, vs_t, vs_r,
                     bias, bias_b, bias_h, bias_n, bias_m, block_table, table_b, window,
-                    N, H, D, E, RK, RV, AK, BK, AV, BV, PAGE, WINDOWED, FACTORED, COMPUTE, UNROLLED,
-                    BLOCK_R, BLOCK_M,
+                    N, H, D, E, RK, RV, AK, BK, AV, BV, PAGE, ONE_PAGE, WINDOWED, FACTORED, COMPUTE, OFFSET,
+                    UNROLLED, HEADS, D_PAD, E_PAD, A_COLUMNS, BLOCK_R, BLOCK_M, True,
                 )  # fmt: skip
         else:
             first = begin
-            while first < stop:
-                y, total, top = _take_in(
-                    y, total, top, first, stop, length, q, mix, n, h, d, e, b, scale,
+            while first < full:
+                y, total, top = take_in(
+                    y, total, top, first, stop, length, q, mix, select, n, h, columns, d, e, b, scale,
                     ak, ak_b, ak_t, ak_r, ak_h, bk, bk_b, bk_t, bk_r, bk_d,
                     av, av_b, av_t, av_r, av_h, bv, bv_b, bv_t, bv_r, bv_e,
                     k_scale, ks_b, ks_t, ks_r, v_scale, vs_b, vs_t, vs_r,
                     bias, bias_b, bias_h, bias_n, bias_m, block_table, table_b, window,
-                    N, H, D, E, RK, RV, AK, BK, AV, BV, PAGE, WINDOWED, FACTORED, COMPUTE, UNROLLED,
-                    BLOCK_R, BLOCK_M,
+                    N, H, D, E, RK, RV, AK, BK, AV, BV, PAGE, ONE_PAGE, WINDOWED, FACTORED, COMPUTE, OFFSET,
+                    UNROLLED, HEADS, D_PAD, E_PAD, A_COLUMNS, BLOCK_R, BLOCK_M, False,
+                )  # fmt: skip
+                first += BLOCK_M
+            while first < stop:
+                y, total, top = take_in(
+                    y, total, top, first, stop, length, q, mix, select, n, h, columns, d, e, b, scale,
+                    ak, ak_b, ak_t, ak_r, ak_h, bk, bk_b, bk_t, bk_r, bk_d,
+                    av, av_b, av_t, av_r, av_h, bv, bv_b, bv_t, bv_r, bv_e,
+                    k_scale, ks_b, ks_t, ks_r, v_scale, vs_b, vs_t, vs_r,
+                    bias, bias_b, bias_h, bias_n, bias_m, block_table, table_b, window,
+                    N, H, D, E, RK, RV, AK, BK, AV, BV, PAGE, ONE_PAGE, WINDOWED, FACTORED, COMPUTE, OFFSET,
+                    UNROLLED, HEADS, D_PAD, E_PAD, A_COLUMNS, BLOCK_R, BLOCK_M, True,
                 )  # fmt: skip
                 first += BLOCK_M
 
@@ -396,37 +319,45 @@ def _decode_split(
 
 @triton.jit(do_not_specialize=["num_splits", "rows"])
 def _merge_splits(
-    parts, part_lses, out, lse, num_splits, rows, E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_S: tl.constexpr
-):
-    """One row of the output from its splits, BLOCK_S at a time. What an empty split left is not loaded.
+    parts, part_lses, out, lse, num_splits, rows,
+    E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """One row of the output from its splits. What an empty split left is not loaded.
 
-    Truth: `reference.merge_partials`. Floor: reading the splits, below 1 % of a long cache.
+    The largest LSE comes first, so that blocks of splits are added without waiting for one another.
+    Truth: `reference.merge_partials`. Floor: reading the splits, below 2 % of a long cache.
     """
     program = tl.program_id(0).to(tl.int64)
     first_row = program // rows * num_splits * rows + program % rows
+    of_all = tl.arange(0, BLOCK_L)
+    largest = tl.full((BLOCK_L,), float("-inf"), tl.float32)
+    first = 0
+    while first < num_splits:
+        at = first_row + (first + of_all).to(tl.int64) * rows
+        found = tl.load(part_lses + at, mask=first + of_all < num_splits, other=float("-inf"))
+        largest = tl.maximum(largest, found)
+        first += BLOCK_L
+    top = tl.max(largest, 0)
+    shift = tl.where(top == float("-inf"), 0.0, top)
+
     s = tl.arange(0, BLOCK_S)
     e = tl.arange(0, E_PAD)
-    y = tl.zeros((E_PAD,), dtype=tl.float32)
-    total = tl.sum(y, 0)
-    top = total - float("inf")
+    y = tl.zeros((BLOCK_S, E_PAD), dtype=tl.float32)
+    total = tl.zeros((BLOCK_S,), dtype=tl.float32)
     first = 0
     while first < num_splits:
         at = first_row + (first + s).to(tl.int64) * rows
         part_lse = tl.load(part_lses + at, mask=first + s < num_splits, other=float("-inf"))
-        new_top = tl.maximum(top, tl.max(part_lse, 0))
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weights = tl.exp2(part_lse - shift)
         known = (part_lse > float("-inf"))[:, None] & (e < E)[None, :]
         part = tl.load(parts + at[:, None] * E + e[None, :], mask=known, other=0.0)
-        keep = tl.exp2(top - shift)
-        y = y * keep + tl.sum(weights[:, None] * part, 0)
-        total = total * keep + tl.sum(weights, 0)
-        top = new_top
+        weights = tl.exp2(part_lse - shift)
+        y += weights[:, None] * part
+        total += weights
         first += BLOCK_S
-    total = tl.where(total > 0, total, 1.0)
-    y = y / total
-    tl.store(out + program * E + e, y.to(out.dtype.element_ty), mask=e < E)
-    tl.store(lse + program, (top + tl.log2(total)) * _LN2)
+    weight = tl.sum(total, 0)
+    weight = tl.where(weight > 0, weight, 1.0)
+    tl.store(out + program * E + e, (tl.sum(y, 0) / weight).to(out.dtype.element_ty), mask=e < E)
+    tl.store(lse + program, (top + tl.log2(weight)) * _LN2)
 
 
 _INTERPRETED = not isinstance(_decode_split, triton.JITFunction)

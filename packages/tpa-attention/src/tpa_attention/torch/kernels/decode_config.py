@@ -1,29 +1,41 @@
 """How the decode kernel is cut: tile sizes, warps, stages, query form and splits, from sizes the host knows.
 
-Decoding is bound by memory, so a tile is as many tokens as keep enough bytes on their way,
+Decoding is bound by memory. What counts is that every multiprocessor always has tens of kilobytes on their
+way and enough warps to hide what happens between two tiles, so programs are small, a warp per 16 rows and
+tiles of 32 tokens, and as many stand side by side as registers and shared memory hold. The splits fill that
+many programs once, or a few times where lengths are ragged. Bytes per token, the floor, are
 
-    bytes per token = (R_K (D + h) + R_V (E + h)) itemsize,
+    (R_K (D + h) + R_V (E + h)) itemsize.
 
-and no more than leaves room for two programs per multiprocessor. Nothing here reads the device's memory or
-depends on lengths that lie there: a call with the same shapes is cut the same way, as a CUDA graph needs, and
-no kernel is compiled again because a cache has grown within its bucket. `TUNED` overrules the rule where
-somebody has measured; Triton's autotuner would measure again for every length.
+Nothing here reads the device's memory or depends on lengths that lie there: a call with the same shapes is
+cut the same way, as a CUDA graph needs, and no kernel is compiled again because a cache has grown within its
+bucket. `decode_tuned.json` overrules the rule where `benchmarks/bench_decode.py --tune` has measured.
+Triton's autotuner would measure again for every length.
 
 Source: Zhang et al. 2025 (arXiv 2501.06425), Algorithm 3 (split caches), Appendix A.4 (the query's form).
 """
 
 import functools
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 MAX_QUERIES = 16
+TUNED_FILE = Path(__file__).with_name("decode_tuned.json")
 _LONG = 1 << 14  # cached tokens from which a cache counts as long
-_SHORT_TILE_BYTES, _LONG_TILE_BYTES = 12 << 10, 24 << 10
-_SHARED_BYTES = 96 << 10  # of the 227 KiB of a Hopper multiprocessor: two programs side by side
-_REGISTERS = 48  # float32 numbers per thread of output and logits tiles; more, and ptxas spills (sm_90)
+_SHARED_BYTES = 227 << 10  # of a Hopper multiprocessor, which has this many 32-bit registers, too
+_REGISTERS = 1 << 16
+_THREAD_REGISTERS = 168  # per thread: enough for one rank of 64 features and 16 rows per warp
 _MAX_ROWS = 128
+UNROLLED_RANKS = 8
 _MAX_COLUMNS = 64  # rows of B_Q in one tile of the factored form
-_MIN_TILES = 4  # per split: the query's tile and the partial result must be worth it
-_PROGRAMS_PER_PROCESSOR = 3  # two run at a time; ragged lengths leave some of them without work
+_TILE_TOKENS = 32
+_TILE_NUMBERS = 64 * 32  # of the output per warp: 64 registers of each thread
+_STAGES = 3
+_MAX_PROGRAMS = 8  # per multiprocessor: more splits than these cost more to merge than they hide
+_OVERHEAD_TILES = 4  # what forming the query, storing and merging a part costs, in tiles
+_RAGGED_WAVES = 3  # so that others take the place of programs whose sequence is over
 
 
 @dataclass(frozen=True)
@@ -68,7 +80,9 @@ class Cut:
         block_rows: rows (query, head) per program, a power of two >= 16.
         factored: scores from the factors of Q; False: from q, formed once per program.
         num_warps: warps per program.
-        num_stages: tiles on their way at once; 1: the loop is not pipelined.
+        num_stages: tiles in the pipeline; 1: the loop is not pipelined.
+        programs: programs that are to run side by side on a multiprocessor; their registers are limited to
+            what this leaves, and the cache is split into as many parts.
     """
 
     block_m: int
@@ -76,10 +90,34 @@ class Cut:
     factored: bool
     num_warps: int
     num_stages: int
+    programs: int
+
+    @property
+    def registers(self) -> int:
+        """What a thread may use so that `programs` fit, in the steps in which hardware allocates."""
+        return max(32, min(255, _REGISTERS // (self.programs * self.num_warps * 32) // 8 * 8))
 
 
-# (name of the device, shape) -> what was fastest there; written by `bench_decode.py --tune`
-TUNED: dict[tuple[str, Shape], Cut] = {}
+def load_tuned(file: Path = TUNED_FILE) -> dict[tuple[str, Shape], Cut]:
+    """(name of the device, shape) -> what was fastest there.
+
+    Args:
+        file: as `dump_tuned` writes it.
+    """
+    entries: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+    return {(entry["device"], Shape(**entry["shape"])): Cut(**entry["cut"]) for entry in entries}
+
+
+def dump_tuned(tuned: dict[tuple[str, Shape], Cut]) -> str:
+    """The text of such a file, an entry per line."""
+    lines = [
+        json.dumps({"device": device, "shape": asdict(shape), "cut": asdict(cut)})
+        for (device, shape), cut in tuned.items()
+    ]
+    return "[\n" + ",\n".join(lines) + "\n]\n"
+
+
+TUNED = load_tuned()
 
 
 def is_long(capacity: int) -> bool:
@@ -133,18 +171,30 @@ def queries_per_program(heads: int, block_rows: int, queries: int) -> int:
     return min(queries, max(1, block_rows // padded_heads(heads)))
 
 
-def choose_splits(batch: int, row_blocks: int, span: int, block_m: int, processors: int) -> int:
-    """Parts in which the cache is read in parallel: enough programs for the device, each with some tiles.
+@functools.lru_cache(maxsize=1024)
+def choose_splits(groups: int, span: int, block_m: int, slots: int, ragged: bool = False) -> int:
+    """Parts in which the cache is read in parallel.
+
+    Programs run in waves of `slots`, and a wave takes as long as the tiles of one part and what surrounds
+    them. The fewest parts that make this shortest are chosen, out of those that fill whole waves.
 
     Args:
-        batch: sequences.
-        row_blocks: programs that share the tokens of a sequence.
+        groups: programs per part: sequences times the programs that share the tokens of one.
         span: tokens that the longest sequence can have to read: capacity, or less with a window.
         block_m: tokens per tile.
-        processors: multiprocessors of the device.
+        slots: programs that run at the same time on the device.
+        ragged: whether sequences may be shorter than that: parts are smaller then, and end at other times.
     """
-    wanted = -(-processors * _PROGRAMS_PER_PROCESSOR // max(1, batch * row_blocks))
-    return max(1, min(wanted, span // (_MIN_TILES * block_m)))
+    tiles = -(-max(1, span) // block_m)
+
+    def cost(splits: int) -> int:
+        return -(-groups * splits // slots) * (-(-tiles // splits) + _OVERHEAD_TILES)
+
+    first = _RAGGED_WAVES if ragged else 1
+    options = {1} | {min(tiles, max(1, waves * slots // groups)) for waves in range(first, first + 4)}
+    # a part of whole tiles may be as long with fewer parts
+    options = {-(-tiles // -(-tiles // splits)) for splits in options}
+    return min(sorted(options), key=cost)
 
 
 def split_length(span: int, num_splits: int, block_m: int) -> int:
@@ -155,15 +205,26 @@ def split_length(span: int, num_splits: int, block_m: int) -> int:
 
 def _rule(shape: Shape) -> Cut:
     width = padded(shape.v_head_dim)
+    tokens, numbers, registers = _TILE_TOKENS, _TILE_NUMBERS, 255
+    if shape.itemsize == 4:  # without tensor cores, operands of products take registers
+        tokens, numbers = tokens // 2, numbers // 4
+    elif max(padded(shape.head_dim), width) <= 64 and shape.k_rank == shape.v_rank == 1:
+        registers = _THREAD_REGISTERS
     block_rows = min(_MAX_ROWS, padded_rows(shape))
-    while block_rows > 16 and block_rows * (width + 16) > 8 * 32 * _REGISTERS:
+    while block_rows > 16 and block_rows * width > 8 * numbers:
         block_rows //= 2
-    warps = 8 if block_rows * (width + 16) > 4 * 32 * _REGISTERS else 4
-    wanted = _LONG_TILE_BYTES if shape.long else _SHORT_TILE_BYTES
-    block_m = 128
-    while block_m > 16 and (
-        block_m * shape.bytes_per_token > wanted or block_rows * (width + block_m) > warps * 32 * _REGISTERS
-    ):
-        block_m //= 2
-    stages = min(4, _SHARED_BYTES // (block_m * shape.bytes_per_token))
-    return Cut(block_m, block_rows, prefers_factored(shape, block_rows), warps, max(1, stages))
+    warps = min(8, max(block_rows // 16, -(-block_rows * width // numbers)))
+    tile = _tile_bytes(shape, block_rows, tokens)
+    stages = max(1, min(_STAGES, _SHARED_BYTES // 2 // tile + 1))
+    # beside the tiles: the query and the weights
+    shared = max(1, stages - 1) * tile + block_rows * (padded(shape.head_dim) + 2 * tokens) * 4
+    programs = min(_MAX_PROGRAMS, _SHARED_BYTES // shared, _REGISTERS // (registers * 32 * warps))
+    return Cut(tokens, block_rows, prefers_factored(shape, block_rows), warps, stages, max(1, programs))
+
+
+def _tile_bytes(shape: Shape, block_rows: int, tokens: int) -> int:
+    """Shared memory of one tile: all ranks at once where they are unrolled, sizes padded."""
+    heads = padded(min(block_rows, padded_heads(shape.heads)))
+    keys = min(shape.k_rank, UNROLLED_RANKS) * (padded(shape.head_dim) + heads)
+    values = min(shape.v_rank, UNROLLED_RANKS) * (padded(shape.v_head_dim) + heads)
+    return tokens * (keys + values) * shape.itemsize
