@@ -4,22 +4,29 @@ Three questions in one table. What do the factors cost over the same attention o
 already ("heads alone", as many heads)? How does TPA compare with the MHA of equal parameters, which has fewer
 heads? What must be kept for the backward pass? Saved numbers are counted from what autograd holds after a
 forward pass, once per storage, inputs included; beside them the count of the formula, with and without
-materialised Q, K and V.
+materialised Q, K and V. The peak is what a call takes while it runs.
+
+The kernels ("TPA, triton") are held to 1.10 times the time of "TPA, sdpa, flash", on which the column
+"against materialised" is based on a GPU, and to 1 / 2.5 of its saved numbers.
 
 Routes of `tpa_attention` that cannot run here are named with the reason. No projections.
 
-Run: `python benchmarks/bench_prefill.py --set medium-512-forward medium-512-training --repeats 10`
+Run: `python benchmarks/bench_prefill.py --set medium-512-forward medium-512-training --repeats 10`, or with
+`--device cuda`, which takes the sets of GPU_SETS.
 """
 
+import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from memory import threads
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tenfold_tools.bench import Comparison, Options, Row, main
 from tpa_attention import accounting
@@ -28,6 +35,7 @@ from tpa_attention.torch.factors import TPAFactors
 from tpa_attention.torch.functional import tpa_attention
 
 BASELINE = "heads alone, SDPA"
+FLASH = "TPA, sdpa, flash"
 ROUTES = ("sdpa", "flex", "triton")
 DESCRIPTION = "Forward pass, and forward and backward, of causal attention over whole sequences."
 
@@ -49,26 +57,32 @@ class Workload:
     batch: int = 1
 
 
+LENGTHS = ((16, 1), (512, 1), (1024, 1), (4096, 1), (1024, 16), (4096, 4), (16384, 1))  # 16 for tests
 SETS = {
-    f"{size}-{tokens}-{'training' if training else 'forward'}": Workload(size, tokens, training)
+    f"{size}-{tokens}{f'x{batch}' if batch > 1 else ''}-{'training' if training else 'forward'}": Workload(
+        size, tokens, training, batch
+    )
     for size in ("small", "medium")
-    for tokens in (16, 512, 1024, 4096)  # 16 for the test of this benchmark
+    for tokens, batch in LENGTHS
     for training in (False, True)
 }
+CPU_SETS = ["medium-512-forward", "medium-512-training"]
+GPU_SETS = ["medium-1024x16-forward", "medium-1024x16-training", "medium-4096x4-training"]
 
 
-def measure(name: str, options: Options) -> Comparison:
+def measure(name: str, options: Options, *, flex: bool = False) -> Comparison:
     """Times every route on a set.
 
     Args:
         name: key of SETS.
         options: of the harness.
+        flex: whether FlexAttention takes part, which is compiled first.
     """
     work = SETS[name]
     on_gpu = options.device.startswith("cuda")
     dtype = torch.bfloat16 if on_gpu else torch.float32
     config = preset(work.size, "tpa")
-    forwards, absent = contenders(work, config, options.device, dtype)
+    forwards, absent = contenders(work, config, options.device, dtype, flex)
     calls = {
         label: trained(forward, inputs) if work.training else forward
         for label, (forward, inputs) in forwards.items()
@@ -95,11 +109,15 @@ def measure(name: str, options: Options) -> Comparison:
         "saved numbers per token", lambda row: f"{saved[row.name] / per_token / dtype.itemsize:.0f}"
     )
     comparison = comparison.with_column("formula: materialised / factors", formula)
+    materialised = comparison.row(FLASH if FLASH in forwards else "TPA, sdpa").median
+    comparison = comparison.with_column(
+        "against materialised", lambda row: f"{row.median / materialised:.2f}"
+    )
     return comparison.with_absent(absent)
 
 
 def contenders(
-    work: Workload, config: ModelConfig, device: str, dtype: torch.dtype
+    work: Workload, config: ModelConfig, device: str, dtype: torch.dtype, flex: bool
 ) -> tuple[dict[str, tuple[Callable[[], Tensor], list[Tensor]]], dict[str, str]]:
     """Name -> (forward pass, inputs that want gradients), and the routes that cannot run with the reason."""
     generator = torch.Generator(device).manual_seed(0)
@@ -120,20 +138,30 @@ def contenders(
     lineup = {BASELINE: heads(h)}
     absent = {}
     for impl in ROUTES:
-        reason = problem(impl, factors, device)
+        reason = problem(impl, factors, device, flex)
         if reason is None:
             lineup[f"TPA, {impl}"] = (lambda impl=impl: tpa_attention(*factors, impl=impl)), sides
         else:
             absent[f"TPA, {impl}"] = reason
+    if device.startswith("cuda"):
+        lineup[FLASH] = (lambda: by_flash(factors)), sides
     mha = preset(work.size, "mha").num_attention_heads
     lineup[f"MHA, {mha} heads, SDPA"] = heads(mha)
     return lineup, absent
 
 
-def problem(impl: str, factors: TPAFactors, device: str) -> str | None:
+def by_flash(factors: TPAFactors) -> Tensor:
+    """Materialised heads and torch's FlashAttention-2, whatever else torch would prefer."""
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return tpa_attention(*factors, impl="sdpa")
+
+
+def problem(impl: str, factors: TPAFactors, device: str, flex: bool) -> str | None:
     """Why a route cannot run here; None if it can. Asked on four tokens."""
     if impl == "flex" and not device.startswith("cuda"):
         return "left out: FlexAttention has no backward pass on the CPU and compiles for half a minute"
+    if impl == "flex" and not flex:
+        return "left out: compiles for half a minute; ask for it with --flex"
     few = [factor[:, :4].detach() for factor in factors]
     try:
         tpa_attention(*few, impl=impl)
@@ -166,6 +194,21 @@ def saved_bytes(forward: Callable[[], Tensor]) -> int:
     return sum(size for _, size in kept.values())
 
 
+def own_options() -> argparse.ArgumentParser:
+    """Options of this benchmark beside those of the harness."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--flex", action="store_true", help="on a GPU, with FlexAttention")
+    return parser
+
+
 if __name__ == "__main__":
-    default = ["medium-512-forward", "medium-512-training"]
-    sys.exit(main(measure, workloads=list(SETS), default=default, description=DESCRIPTION))
+    own, others = own_options().parse_known_args()
+    sys.exit(
+        main(
+            partial(measure, flex=own.flex),
+            workloads=list(SETS),
+            default=GPU_SETS if any("cuda" in argument for argument in others) else CPU_SETS,
+            description=DESCRIPTION,
+            parents=[own_options()],
+        )
+    )
