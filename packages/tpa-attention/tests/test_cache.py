@@ -172,20 +172,28 @@ def test_lengths_of_the_wrong_kind_are_refused(n):
         cache.crop(n)
 
 
-def test_the_last_hidden_state_cannot_be_cropped_back_to():
-    cache, _, _ = filled()
-    cache.set_last_hidden(0, torch.ones(2, 5))
-    with pytest.raises(ValueError, match=r"crop cannot go back under kv_shift: .* got n=2"):
-        cache.crop(2)
-    cache.crop(3)
-    assert cache.past_length(0) == 3
-    torch.testing.assert_close(cache.last_hidden(0), torch.ones(2, 5))
+def test_hidden_states_are_cropped_with_the_tokens_as_far_as_they_are_kept():
+    cache, _, _ = filled(4, rewind=2)
+    hidden = torch.arange(40.0).view(2, 4, 5)
+    cache.set_last_hidden(0, hidden)
+    before = snapshot(cache)
+    with pytest.raises(
+        ValueError, match=r"crop can take back at most 2 tokens of sequence 1 under kv_shift.*rewind=2.*got 3"
+    ):
+        cache.crop(torch.tensor([4, 1]))
+    assert unchanged(cache, before)
+    cache.crop(torch.tensor([4, 2]))
+    assert torch.equal(cache.last_hidden(0), torch.stack([hidden[0, 3], hidden[1, 1]]))
     assert cache.last_hidden(1) is None
+    with pytest.raises(ValueError, match="at most 0 tokens of sequence 1"):
+        cache.crop(torch.tensor([4, 1]))
+    cache.crop(0)  # before the first token stands 0, which is known
+    assert not cache.last_hidden(0).any()
 
 
 def test_the_kept_hidden_state_is_a_copy_without_a_graph():
     cache, _, _ = filled()
-    hidden = torch.ones(2, 5, requires_grad=True)
+    hidden = torch.ones(2, 1, 5, requires_grad=True)
     for value in (1.0, 2.0):
         cache.set_last_hidden(0, hidden * value)
         kept = cache.last_hidden(0)
@@ -195,7 +203,7 @@ def test_the_kept_hidden_state_is_a_copy_without_a_graph():
 
 def test_reordered_beams_carry_records_lengths_positions_and_hidden_states():
     cache, k, v = filled(4)
-    cache.set_last_hidden(0, torch.tensor([[0.0], [1.0]]))
+    cache.set_last_hidden(0, torch.tensor([[[0.0]], [[1.0]]]))
     other = FactorCache(LAYOUT, 2, 6)
     other.load_state_dict(cache.state_dict())
     other.reorder(torch.tensor([1, 1]))
@@ -224,12 +232,14 @@ def test_an_order_that_is_not_one_index_per_sequence_is_refused(index):
 
 def test_reset_forgets_tokens_and_keeps_the_buffers():
     cache, _, _ = filled()
-    cache.set_last_hidden(1, torch.ones(2, 3))
+    cache.set_last_hidden(1, torch.ones(2, 3, 3))
+    hidden = cache.last_hidden(1)
     address = cache.append(0, *records(1, 1))[0].data_ptr()
     cache.reset()
     assert cache.seq_lens.tolist() == [0, 0]
     assert cache.past_length(0) == 0
-    assert cache.last_hidden(1) is None
+    assert cache.last_hidden(1).data_ptr() == hidden.data_ptr()
+    assert not hidden.any()
     found, _, _ = cache.append(0, *records(2, 1))
     assert found.shape[1] == 1
     assert found.data_ptr() == address
@@ -298,7 +308,7 @@ def test_any_sequence_of_operations_equals_lists_of_tokens(chunks, cuts, order, 
 def test_a_state_dict_restores_every_token_in_a_larger_cache_of_another_type(fixed_shape):
     cache, k, v = filled(4, fixed_shape=fixed_shape)
     cache.crop(torch.tensor([4, 2]))
-    cache.set_last_hidden(1, torch.ones(2, 3))
+    cache.set_last_hidden(1, torch.ones(2, 1, 3))
     file = io.BytesIO()
     torch.save(cache.state_dict(), file)
     file.seek(0)
@@ -322,7 +332,7 @@ def test_a_state_dict_restores_every_token_in_a_larger_cache_of_another_type(fix
         ({"k.1": torch.zeros(2, 3, 9)}, ValueError, r"k\.1 must have shape \(2, 3, 10\), got \(2, 3, 9\)"),
         ({"v.0": torch.zeros(2, 2, 7)}, ValueError, r"v\.0 must have shape \(2, 3, 7\), got \(2, 2, 7\)"),
         ({"positions.0": torch.zeros(2, 2)}, ValueError, r"positions\.0 must have shape \(2, 3\)"),
-        ({"last_hidden.0": torch.zeros(3, 2)}, ValueError, r"last_hidden\.0 must have shape \(2, d\)"),
+        ({"hidden.0": torch.zeros(3, 1, 2)}, ValueError, r"hidden\.0 must have shape \(2, states, d\)"),
         ({"k.1": None}, KeyError, r"k\.1"),
     ],
 )
@@ -362,9 +372,9 @@ def test_moving_to_another_type_keeps_tokens_and_lays_records_anew():
 def test_buffers_made_in_inference_mode_can_be_written_outside_of_it():
     with torch.inference_mode():
         cache, k, v = filled(2)
-        cache.set_last_hidden(0, torch.ones(2, 3))
+        cache.set_last_hidden(0, torch.ones(2, 1, 3))
     cache.append(0, k, v)
-    cache.set_last_hidden(0, torch.zeros(2, 3))
+    cache.set_last_hidden(0, torch.zeros(2, 1, 3))
     assert cache.past_length(0) == 4
     assert not cache.last_hidden(0).any()
 
@@ -408,6 +418,7 @@ def test_records_are_padded_to_sixteen_bytes_as_the_record_layout_pads_them():
         (lambda: FactorCache("tpa", 1, 1), TypeError, r"config must be a CacheLayout, .*, got 'tpa'"),
         (lambda: FactorCache(LAYOUT, 0, 1), ValueError, r"batch must be >= 1, got 0"),
         (lambda: FactorCache(LAYOUT, 1, 0), ValueError, r"max_len must be >= 1, got 0"),
+        (lambda: FactorCache(LAYOUT, 1, 1, rewind=-1), ValueError, r"rewind must be >= 0, got -1"),
         (
             lambda: FactorCache(LAYOUT, 1, 1, dtype=torch.int32),
             TypeError,

@@ -177,20 +177,39 @@ def test_cropping_frees_the_blocks_behind():
     assert len(cache.sequences) == 2
     with pytest.raises(ValueError, match="n must be >= 0, got -1"):
         cache.crop(-1)
+    with pytest.raises(ValueError, match="n must be an int or hold 2 of them"):
+        cache.crop([1, 2, 3])
+    fill(cache, 9)
+    cache.crop(torch.tensor([9, 4]))
+    assert cache.seq_lens(1).tolist() == [9, 4]
+    assert cache.free_blocks == 4
 
 
-def test_the_last_hidden_state_follows_its_sequence():
+def test_hidden_states_follow_their_sequence():
     cache = pages(batch=2)
     assert cache.last_hidden(0) is None
-    hidden = normal(2, 6)
+    fill(cache, 3)
+    hidden = normal(2, 3, 6)
     cache.set_last_hidden(0, hidden)
     cache.fork(cache.sequences[1])
-    assert torch.equal(cache.last_hidden(0), hidden[[0, 1, 1]])
+    assert torch.equal(cache.last_hidden(0), hidden[[0, 1, 1], 2])
     cache.reorder([1, 1, 0])
-    assert torch.equal(cache.last_hidden(0), hidden[[1, 1, 0]])
-    fill(cache, 2, batch=3)
-    with pytest.raises(ValueError, match="under kv_shift"):
-        cache.crop(1)
+    assert torch.equal(cache.last_hidden(0), hidden[[1, 1, 0], 2])
+    cache.free(cache.sequences[0])
+    cache.allocate()
+    expected = torch.cat([hidden[[1, 0], 2], torch.zeros(1, 6)])
+    assert torch.equal(cache.last_hidden(0), expected)
+    cache.crop([1, 3, 0])
+    expected[0] = hidden[1, 0]
+    for copy in (cache, pickle.loads(pickle.dumps(cache))):  # noqa: S301  our own bytes
+        assert torch.equal(copy.last_hidden(0), expected)
+    other = PagedFactorCache(LAYOUT, 8, 4, rewind=1, dtype=torch.float64)
+    other.load_state_dict(cache.state_dict())
+    assert torch.equal(other.last_hidden(0), expected)
+    with pytest.raises(ValueError, match="crop can take back at most 1 tokens of sequence 1 under kv_shift"):
+        other.crop(1)
+    assert other.seq_lens(0).tolist() == [1, 3, 0]
+    assert torch.equal(other.last_hidden(0), expected)
 
 
 def test_a_cache_survives_pickle_state_and_another_type():

@@ -9,7 +9,7 @@ Source: Zhang et al. 2025 (arXiv 2501.06425), Section 3: cached numbers per toke
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -18,46 +18,12 @@ from torch import Tensor
 from tpa_attention.config import ModelConfig
 
 from .arguments import readable
+from .cache_protocol import LayerCache
+from .hidden_history import REWIND, HiddenHistory
+
+__all__ = ["CacheLayout", "FactorCache", "LayerCache", "layout_of", "padded_width"]
 
 ALIGNMENT = 16  # bytes: a record starts where a vector load may start
-
-
-@runtime_checkable
-class LayerCache(Protocol):
-    """What an attention layer asks of a cache, whichever way the records are kept."""
-
-    def append(
-        self,
-        layer: int,
-        k: Float[Tensor, "B T Wk"],
-        v: Float[Tensor, "B T Wv"],
-        positions: Int[Tensor, "B T"] | None = None,
-    ) -> tuple[Float[Tensor, "B M Pk"], Float[Tensor, "B M Pv"], Int[Tensor, " B"] | None]:
-        """Take the records of T new tokens; return those of all tokens and how many of each row are valid.
-
-        None for the lengths means that all M records of every sequence are valid. What is returned may be the
-        cache's own memory, good until the next call.
-        """
-        ...
-
-    def past_length(self, layer: int) -> int | Int[Tensor, " B"]:
-        """Tokens stored so far: an int where all sequences are equally long."""
-        ...
-
-    def key_positions(self, layer: int) -> Int[Tensor, "B M"] | None:
-        """Positions of the stored tokens, for layers that rotate keys when they load them.
-
-        None where the cache keeps none: then stored tokens stand at consecutive positions.
-        """
-        ...
-
-    def last_hidden(self, layer: int) -> Float[Tensor, "B d"] | None:
-        """Input of the layer at the last token, for `kv_shift`; None before the first token."""
-        ...
-
-    def set_last_hidden(self, layer: int, hidden: Float[Tensor, "B d"]) -> None:
-        """Keep the input of the layer at the last token."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -134,10 +100,12 @@ class FactorCache:
         device: where the buffers live; the default device if None.
         dtype: floating type of the buffers; the default dtype if None. Appended records are cast to it.
         fixed_shape: return whole buffers, see above.
+        rewind: tokens that `crop` can take back under `kv_shift`, >= 0; one more hidden state is kept per
+            sequence and layer, and none without the shift.
 
     Raises:
         TypeError: if `config` has no cache layout or `dtype` is not floating.
-        ValueError: if `batch` or `max_len` is < 1.
+        ValueError: if `batch` or `max_len` is < 1 or `rewind` negative.
     """
 
     def __init__(
@@ -149,18 +117,20 @@ class FactorCache:
         dtype: torch.dtype | None = None,
         *,
         fixed_shape: bool = False,
+        rewind: int = REWIND,
     ) -> None:
         layout = layout_of(config)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating type, got {dtype}")
-        for name, value in (("batch", batch), ("max_len", max_len)):
-            if value < 1:
-                raise ValueError(f"{name} must be >= 1, got {value!r}")
+        for name, value, least in (("batch", batch, 1), ("max_len", max_len, 1), ("rewind", rewind, 0)):
+            if value < least:
+                raise ValueError(f"{name} must be >= {least}, got {value!r}")
         self.layout = layout
         self.batch = batch
         self.max_len = max_len
         self.fixed_shape = fixed_shape
+        self.rewind = rewind
         self._allocate(torch.empty(0, device=device).device, dtype)
         self._used = [
             0
@@ -180,7 +150,7 @@ class FactorCache:
                 if self.layout.keep_positions
                 else None
             )
-            self._last_hidden: list[Tensor | None] = [None for _ in layers]
+            self._hidden: list[HiddenHistory | None] = [None for _ in layers]
 
     # ------------------------------------------------------------------------------------------ what it is
 
@@ -216,20 +186,18 @@ class FactorCache:
         return None if self._positions is None else self._positions[layer][:, : self._extent(layer)]
 
     def last_hidden(self, layer: int) -> Float[Tensor, "B d"] | None:
-        """Input of the layer at the last token; None before the first."""
+        """Input of the layer at the last token; None before the first token of all, 0 after `reset`."""
         self._check_layer(layer)
-        return self._last_hidden[layer]
+        history = self._hidden[layer]
+        return None if history is None else history.last
 
-    @torch.no_grad()
-    def set_last_hidden(self, layer: int, hidden: Float[Tensor, "B d"]) -> None:
-        """Keep the input of the layer at the last token, which `kv_shift` reads next time."""
+    def set_last_hidden(self, layer: int, hidden: Float[Tensor, "B T d"]) -> None:
+        """Take the inputs of the layer at the T new tokens; `kv_shift` reads the last one next time."""
         self._check_layer(layer)
-        kept = self._last_hidden[layer]
-        if kept is None:
-            with torch.inference_mode(False):  # as for the other buffers
-                kept = torch.empty(hidden.shape, device=hidden.device, dtype=hidden.dtype)
-            self._last_hidden[layer] = kept
-        kept.copy_(hidden)
+        history = self._hidden[layer]
+        if history is None:
+            history = self._hidden[layer] = HiddenHistory(self.batch, self.rewind, hidden)
+        history.push(hidden)
 
     # ------------------------------------------------------------------------------------------ what it does
 
@@ -295,7 +263,9 @@ class FactorCache:
         self._lengths.zero_()
         self._used = [0] * self.layout.num_layers
         self._ragged = [False] * self.layout.num_layers
-        self._last_hidden = [None] * self.layout.num_layers
+        for history in self._hidden:
+            if history is not None:
+                history.clear()
 
     def crop(self, n: int | Int[Tensor, " B"]) -> None:
         """Keep the first `n` tokens of each sequence; a tensor (batch,) of lengths makes the batch ragged.
@@ -303,8 +273,8 @@ class FactorCache:
         Reading a tensor waits for the device once.
 
         Raises:
-            ValueError: if a length is negative or the shape is wrong, or if a last hidden state is kept
-                (`kv_shift`) and tokens would go: the one before them is not known.
+            ValueError: if a length is negative or the shape is wrong, or under `kv_shift` if more tokens
+                would go than there are hidden states kept (`rewind`); nothing changes then.
         """
         limits = torch.as_tensor(n, device=self.device)
         if limits.shape not in ((), (self.batch,)) or limits.is_floating_point():
@@ -313,11 +283,15 @@ class FactorCache:
         host = lengths.tolist()
         if any(length < 0 for row in host for length in row):
             raise ValueError(f"n must be >= 0, got {n!r}")
-        if any(h is not None for h in self._last_hidden) and not torch.equal(lengths, self._lengths):
-            raise ValueError(
-                "crop cannot go back under kv_shift: the cache keeps the last hidden state alone, "
-                f"got n={n!r} below the stored lengths {self._lengths[0].tolist()}"
-            )
+        kept = [
+            (history, [old - new for old, new in zip(before, after, strict=True)], after)
+            for history, before, after in zip(self._hidden, self._lengths.tolist(), host, strict=True)
+            if history is not None
+        ]
+        for history, back, left in kept:
+            history.check_rewind(back, left)
+        for history, back, left in kept:
+            history.rewind(back, left)
         self._set_lengths(lengths, host)
 
     def _set_lengths(self, lengths: Tensor, host: list[list[int]]) -> None:
@@ -342,7 +316,9 @@ class FactorCache:
             stored = buffer[:, : self._extent(layer % self.layout.num_layers)]
             stored.copy_(stored.index_select(0, index))
         self._lengths.copy_(self._lengths.index_select(1, index))
-        self._last_hidden = [None if h is None else h.index_select(0, index) for h in self._last_hidden]
+        for history in self._hidden:
+            if history is not None:
+                history.reorder(index)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "FactorCache":
         """Move the buffers and return the cache itself; another `dtype` re-lays the records.
@@ -368,9 +344,9 @@ class FactorCache:
             state[f"v.{layer}"] = self._v[layer][:, :used, : self.layout.v_numbers].clone()
             if self._positions is not None:
                 state[f"positions.{layer}"] = self._positions[layer][:, :used].clone()
-            hidden = self._last_hidden[layer]
-            if hidden is not None:
-                state[f"last_hidden.{layer}"] = hidden.clone()
+            history = self._hidden[layer]
+            if history is not None:
+                state[f"hidden.{layer}"], state[f"known_hidden.{layer}"] = history.state()
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -398,18 +374,23 @@ class FactorCache:
                 if got != expected:
                     raise ValueError(f"{name}.{layer} must have shape {expected}, got {got}")
         for layer in layers:
-            hidden = state.get(f"last_hidden.{layer}")
-            if hidden is not None and (hidden.ndim != 2 or hidden.shape[0] != self.batch):
+            hidden = state.get(f"hidden.{layer}")
+            if hidden is not None and (hidden.ndim != 3 or hidden.shape[0] != self.batch):
                 raise ValueError(
-                    f"last_hidden.{layer} must have shape ({self.batch}, d), got {tuple(hidden.shape)}"
+                    f"hidden.{layer} must have shape ({self.batch}, states, d), got {tuple(hidden.shape)}"
                 )
         for layer in layers:
             self._k[layer][:, : used[layer], : self.layout.k_numbers] = state[f"k.{layer}"]
             self._v[layer][:, : used[layer], : self.layout.v_numbers] = state[f"v.{layer}"]
             if self._positions is not None:
                 self._positions[layer][:, : used[layer]] = state[f"positions.{layer}"]
-            hidden = state.get(f"last_hidden.{layer}")
-            self._last_hidden[layer] = None if hidden is None else hidden.to(self.device, copy=True)
+            hidden = state.get(f"hidden.{layer}")
+            if hidden is not None:
+                history = HiddenHistory(self.batch, self.rewind, hidden.to(self.device))
+                history.load(hidden, state[f"known_hidden.{layer}"])
+                self._hidden[layer] = history
+            else:
+                self._hidden[layer] = None
         self._set_lengths(lengths, host)
 
     # ---------------------------------------------------------------------------------------------- checks

@@ -23,6 +23,7 @@ from tpa_attention.config import HEAD_ACTIVATIONS, IMPLS, INITS, RopeConfig
 
 from . import inputs
 from .cache import CacheLayout, LayerCache
+from .cache_protocol import decodes_in_place
 from .factor_maps import FactorMap, empty_linear, init_a, init_b, init_linear, project
 from .factors import RecordLayout, TPAFactors
 from .functional import tpa_attention, tpa_decode, tpa_decode_factors
@@ -31,6 +32,7 @@ from .masks import ragged_mask
 from .rows import NORM_EPS, activate, expand, norm_parts, rms_norm, rotate_blocks, rotate_first
 
 MAX_DECODE_TOKENS = 16  # more new tokens against a cache are prefill
+IN_PLACE = ("auto", "triton")  # implementations that read records in pages or in eight bits
 
 
 class TPAttention(nn.Module):
@@ -220,7 +222,7 @@ class TPAttention(nn.Module):
         else:
             heads = self._attend_cached(raw, bq, positions, counted, attention_mask, cache, layer_idx)
             if self.shift is not None:
-                cache.set_last_hidden(layer_idx, hidden[:, -1])
+                cache.set_last_hidden(layer_idx, hidden)
         return self._output(x, heads)
 
     def factors(
@@ -269,13 +271,22 @@ class TPAttention(nn.Module):
     ) -> Float[Tensor, "B T H E"]:
         """Append the records of the new tokens, then attend to all tokens, in the type of the cache."""
         batch, new = positions.shape
+        options = {"rank_scale": self.rank_scale, "impl": self.impl}
+        records = self.k_record, self.v_record
+        few = new <= MAX_DECODE_TOKENS
+        if few and self._decodes_records and self.impl in IN_PLACE and decodes_in_place(cache, records):
+            mask = inputs.key_mask(attention_mask, batch, new, cache.extent(layer_idx, new))
+            cache.write(layer_idx, *self._pack(raw, positions), positions)
+            aq = None if raw.aq is None else raw.aq.expand(batch, new, -1, -1).to(cache.dtype)
+            bq = bq.expand(batch, new, -1, -1).to(cache.dtype)
+            heads, _ = cache.decode(layer_idx, aq, bq, records, attn_bias=mask, **options)
+            return heads.to(raw.bq.dtype)
         k, v, seq_lens = cache.append(layer_idx, *self._pack(raw, positions), positions)
         keys = k.shape[1]
         mask = inputs.key_mask(attention_mask, batch, new, keys)
         aq = None if raw.aq is None else raw.aq.expand(batch, new, -1, -1).to(k.dtype)
         bq = bq.expand(batch, new, -1, -1).to(k.dtype)
-        options = {"rank_scale": self.rank_scale, "impl": self.impl}
-        if new <= MAX_DECODE_TOKENS and self._decodes_records:
+        if few and self._decodes_records:
             heads = tpa_decode(
                 *(aq, bq, k, v),
                 ranks=(self.k_rank, self.v_rank),
@@ -288,7 +299,7 @@ class TPAttention(nn.Module):
             )
             return cast(Tensor, heads).to(raw.bq.dtype)
         kv = self._unpack(k, v, self._key_positions(cache, layer_idx, keys, positions, counted))
-        if new <= MAX_DECODE_TOKENS:
+        if few:
             heads = tpa_decode_factors(aq, bq, *kv, seq_lens=seq_lens, attn_bias=mask, **options)
         else:
             if seq_lens is not None:

@@ -4,8 +4,9 @@ A record is [B: R * D bytes | A: R * H bytes | pad to 16], and beside it one flo
 the scales of its two rows (`quantization`). Keys and values exist in higher precision inside a tile of the
 kernel alone. Bytes per token and side: R (D + H) + pad + 4 R, against 2 R (D + H) in bfloat16.
 
-`decode` reads in place. `append` answers `LayerCache`, and for that returns records in the floating type:
-layers that know nothing of scales work, at the price of reading the cache as if it were not quantised.
+`decode` reads in place: the kernel on CUDA, elsewhere blocks of tokens, each in floating point for as long as
+it is used. `append` answers layers that want all records, and for that returns them in the floating type, at
+the price of reading the cache as if it were not quantised.
 
 Source: Zhang et al. 2025 (arXiv 2501.06425), Section 3 (what is cached).
 """
@@ -17,9 +18,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tpa_attention.torch import ops
+from tpa_attention.torch import arguments, blockwise, dispatch, ops
 from tpa_attention.torch.cache import CacheLayout, FactorCache, layout_of
-from tpa_attention.torch.factors import RecordLayout, rank_factor
+from tpa_attention.torch.factors import RecordLayout, logit_scale, rank_factor
+from tpa_attention.torch.hidden_history import REWIND
+from tpa_attention.torch.masks import split_mask
 from tpa_attention.torch.quantization import TYPES, check_kind, quantize_factors
 
 
@@ -35,6 +38,7 @@ class QuantizedFactorCache(FactorCache):
         device: where the buffers live; the default device if None.
         dtype: floating type that `append` returns; the default dtype if None.
         fixed_shape: as in `FactorCache`.
+        rewind: as in `FactorCache`.
 
     Raises:
         TypeError: if `config` has no cache layout, the records are not known or `dtype` is not floating.
@@ -52,6 +56,7 @@ class QuantizedFactorCache(FactorCache):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         fixed_shape: bool = False,
+        rewind: int = REWIND,
     ) -> None:
         check_kind(kind)
         layout = layout_of(config)
@@ -68,7 +73,7 @@ class QuantizedFactorCache(FactorCache):
             )
         self.kind = kind
         self.records = k_record, v_record
-        super().__init__(layout, batch, max_len, device, dtype, fixed_shape=fixed_shape)
+        super().__init__(layout, batch, max_len, device, dtype, fixed_shape=fixed_shape, rewind=rewind)
 
     def _allocate(self, device: torch.device, dtype: torch.dtype) -> None:
         super()._allocate(device, dtype)
@@ -139,16 +144,28 @@ class QuantizedFactorCache(FactorCache):
         self._write(self._v_scale[layer], v_scale, place, layer)
         return super().append(layer, k, v, positions)[2]
 
+    def extent(self, layer: int, new: int = 0) -> int:
+        """M, the keys that masks speak of, once `new` more tokens are written."""
+        self._check_layer(layer)
+        return self.max_len if self.fixed_shape else self._used[layer] + new
+
+    def decodes(self, records: tuple[RecordLayout, RecordLayout]) -> bool:
+        """Whether records of these layouts are those kept here, with both factors of K and V."""
+        return records == self.records and all(record.has_a and record.has_b for record in records)
+
     def decode(
         self,
         layer: int,
         aq: Float[Tensor, "B N RQ H"] | None,
         bq: Float[Tensor, "B N RQ D"],
+        records: tuple[RecordLayout, RecordLayout] | None = None,
         *,
+        attn_bias: Tensor | None = None,
         window: int | None = None,
         scale: float | None = None,
         rank_scale: bool = True,
         num_splits: int | None = None,
+        impl: str = "auto",
     ) -> tuple[Float[Tensor, "B N H E"], Float[Tensor, "B N H"]]:
         """Attention of the newest N tokens, already written, to the layer's cache; read in place.
 
@@ -156,10 +173,14 @@ class QuantizedFactorCache(FactorCache):
             layer: index in [0, num_layers).
             aq: head factors of the queries, or None for a full Q in `bq`.
             bq: feature factors of the queries, rotated.
+            records: layouts of the K and V records, if given those of the cache.
+            attn_bias: boolean (True = attend) or floating, broadcastable to (B, H, N, M) with M =
+                `extent(layer)`.
             window: keys i with 0 <= t - i < window are seen.
             scale: factor of the logits, D^-0.5 if None.
             rank_scale: whether Q, K and V carry 1/R.
             num_splits: as in `tpa_decode`.
+            impl: "auto", "blockwise" or "triton", as in `tpa_decode`.
 
         Returns:
             Outputs and log-sum-exps.
@@ -168,24 +189,54 @@ class QuantizedFactorCache(FactorCache):
             ValueError: if the records lack a factor, or what is given does not fit.
         """
         self._check_layer(layer)
-        used = self._extent(layer)
-        (ak, bk), (av, bv) = (
-            _parts(record, buffer[layer][:, :used].view(TYPES[self.kind]))
-            for record, buffer in zip(self.records, (self._k, self._v), strict=True)
-        )
-        if ak is None or bk is None or av is None or bv is None:
-            raise ValueError("records must hold both factors of K and V to be decoded in place")
-        logit = bq.shape[-1] ** -0.5 if scale is None else scale
-        k_factor, v_factor = (1 / record.rank if rank_scale else 1.0 for record in self.records)
-        return ops.decode(
-            *(aq, bq, ak, bk, av, bv, self._lengths[layer]),
+        k_record, v_record = self.records
+        if not self.decodes(self.records if records is None else records):
+            raise ValueError(
+                f"records must hold both factors of K and V to be decoded in place, and be {self.records}, "
+                f"got {records}"
+            )
+        if impl not in ("auto", "blockwise", "triton"):
+            raise ValueError(f"impl must be 'auto', 'blockwise' or 'triton', got {impl!r}")
+        used, heads = self.extent(layer), k_record.heads
+        arguments.check_mask("attn_bias", attn_bias, (*bq.shape[:1], heads, bq.shape[1], used), "B, H, N, M")
+        if dispatch.chosen(impl, aq, bq) == "triton":
+            factor = 1 / k_record.rank if rank_scale else 1.0
+            return ops.decode(
+                *(aq, bq, *self._bytes(layer, 0, used), self._lengths[layer]),
+                bias=_expanded_bias(attn_bias, (*bq.shape[:1], heads, bq.shape[1], used)),
+                window=window,
+                scale=logit_scale(scale, bq.shape[-1]) * rank_factor(aq, rank_scale) * factor,
+                out_scale=1 / v_record.rank if rank_scale else 1.0,
+                k_scale=self._k_scale[layer][:, :used],
+                v_scale=self._v_scale[layer][:, :used],
+                num_splits=num_splits,
+            )
+        return blockwise.decode_loaded(
+            *(aq, bq, lambda first, last: self._factors(layer, first, last)),
+            (used, k_record.rank, v_record.rank, heads, v_record.width),
+            seq_lens=self._lengths[layer] if self.fixed_shape or self._ragged[layer] else None,
+            attn_bias=attn_bias,
             window=window,
-            scale=logit * rank_factor(aq, rank_scale) * k_factor,
-            out_scale=v_factor,
-            k_scale=self._k_scale[layer][:, :used],
-            v_scale=self._v_scale[layer][:, :used],
-            num_splits=num_splits,
+            scale=scale,
+            rank_scale=rank_scale,
         )
+
+    def _bytes(self, layer: int, first: int, last: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A_K, B_K, A_V, B_V of these tokens as they lie."""
+        parts = [
+            part
+            for record, buffer in zip(self.records, (self._k, self._v), strict=True)
+            for part in _parts(record, buffer[layer][:, first:last].view(TYPES[self.kind]))
+            if part is not None
+        ]
+        ak, bk, av, bv = parts
+        return ak, bk, av, bv
+
+    def _factors(self, layer: int, first: int, last: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same in float32, with the scales in A."""
+        ak, bk, av, bv = (part.to(torch.float32) for part in self._bytes(layer, first, last))
+        k_scale, v_scale = (scales[layer][:, first:last].unsqueeze(-1) for scales in self._scales)
+        return ak * k_scale, bk, av * v_scale, bv
 
     def reorder(self, beam_idx: Int[Tensor, " B"]) -> None:
         """Sequence i becomes what sequence `beam_idx[i]` was; see `FactorCache.reorder`."""
@@ -237,6 +288,14 @@ class QuantizedFactorCache(FactorCache):
         elif b is not None:
             b = b * scale.unsqueeze(-1)
         return record.pack(*(None if part is None else part.to(self.dtype) for part in (a, b)))
+
+
+def _expanded_bias(attn_bias: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+    """The mask as the operator takes it: floating, expanded."""
+    mask, bias = split_mask(attn_bias)
+    if mask is not None:
+        bias = torch.where(mask, 0.0, -torch.inf)
+    return None if bias is None else bias.expand(shape)
 
 
 def _parts(record: RecordLayout, x: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -1,0 +1,108 @@
+"""What attention layers and caches say to each other, whichever way the records are kept.
+
+`LayerCache` is the conversation every cache takes part in: records of new tokens in, records of all tokens
+out. Where that is a view, decoding reads the cache in place already. A cache whose records lie in pages or in
+eight bits would have to gather or widen all of them at each step; it answers `DecodesInPlace` besides, and
+attends for the layer from the records as they lie.
+
+Source: Zhang et al. 2025 (arXiv 2501.06425), Section 3 (what is cached), Algorithms 2-3 (decoding from it).
+"""
+
+from typing import Protocol, TypeGuard, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .factors import RecordLayout
+
+
+@runtime_checkable
+class LayerCache(Protocol):
+    """What an attention layer asks of a cache."""
+
+    def append(
+        self,
+        layer: int,
+        k: Float[Tensor, "B T Wk"],
+        v: Float[Tensor, "B T Wv"],
+        positions: Int[Tensor, "B T"] | None = None,
+    ) -> tuple[Float[Tensor, "B M Pk"], Float[Tensor, "B M Pv"], Int[Tensor, " B"] | None]:
+        """Take the records of T new tokens; return those of all tokens and how many of each row are valid.
+
+        None for the lengths means that all M records of every sequence are valid. What is returned may be the
+        cache's own memory, good until the next call.
+        """
+        ...
+
+    def past_length(self, layer: int) -> int | Int[Tensor, " B"]:
+        """Tokens stored so far: an int where all sequences are equally long."""
+        ...
+
+    def key_positions(self, layer: int) -> Int[Tensor, "B M"] | None:
+        """Positions of the stored tokens, for layers that rotate keys when they load them.
+
+        None where the cache keeps none: then stored tokens stand at consecutive positions.
+        """
+        ...
+
+    def last_hidden(self, layer: int) -> Float[Tensor, "B d"] | None:
+        """Input of the layer at the last token, for `kv_shift`; None or 0 before the first token."""
+        ...
+
+    def set_last_hidden(self, layer: int, hidden: Float[Tensor, "B T d"]) -> None:
+        """Take the inputs of the layer at the T new tokens; the last ones are kept."""
+        ...
+
+
+@runtime_checkable
+class DecodesInPlace(LayerCache, Protocol):
+    """What a layer asks of a cache that attends from the records as it keeps them."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of queries, and of records that come and go."""
+        ...
+
+    def extent(self, layer: int, new: int = 0) -> int:
+        """M, the keys that masks speak of, once `new` more tokens are written."""
+        ...
+
+    def decodes(self, records: tuple[RecordLayout, RecordLayout]) -> bool:
+        """Whether records of these layouts of K and V can be attended to as they lie."""
+        ...
+
+    def write(
+        self,
+        layer: int,
+        k: Float[Tensor, "B T Wk"],
+        v: Float[Tensor, "B T Wv"],
+        positions: Int[Tensor, "B T"] | None = None,
+    ) -> object:
+        """Take the records of T new tokens; raise before anything is written if they do not fit."""
+        ...
+
+    def decode(
+        self,
+        layer: int,
+        aq: Float[Tensor, "B N RQ H"] | None,
+        bq: Float[Tensor, "B N RQ D"],
+        records: tuple[RecordLayout, RecordLayout],
+        *,
+        attn_bias: Tensor | None = None,
+        rank_scale: bool = True,
+        impl: str = "auto",
+    ) -> tuple[Float[Tensor, "B N H E"], Float[Tensor, "B N H"]]:
+        """Attention of the newest N tokens, already written; outputs and log-sum-exps."""
+        ...
+
+
+def decodes_in_place(
+    cache: LayerCache, records: tuple[RecordLayout, RecordLayout]
+) -> TypeGuard[DecodesInPlace]:
+    """Whether a layer with these records is to let the cache attend.
+
+    Asked at each step, hence by the one method that tells; `isinstance` would look for all of them.
+    """
+    decodes = getattr(cache, "decodes", None)
+    return decodes is not None and decodes(records)

@@ -1,0 +1,386 @@
+"""Layers that decode from pages and from eight bits as they lie, against all records as a tensor."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from layer_cases import OPTIONS, build
+from test_reference_layer import d
+
+from tpa_attention.config import ModelConfig
+from tpa_attention.torch.baselines import GQA, MHA, MLA
+from tpa_attention.torch.cache import FactorCache
+from tpa_attention.torch.cache_protocol import DecodesInPlace, decodes_in_place
+from tpa_attention.torch.layers import MAX_DECODE_TOKENS, TPAttention
+from tpa_attention.torch.model import T6
+from tpa_attention.torch.paged_cache import PagedFactorCache
+from tpa_attention.torch.quantized_cache import QuantizedFactorCache
+
+ROUNDING = 1e-12  # the same products of numbers of size 1 to 10, summed in blocks, in float64
+KINDS = ("pages", "pages of fixed shape", "int8", "fp8_e4m3", "int8 of fixed shape")
+EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
+COMPLETE = [
+    *("contextual", "without rank scale", "KV-only", "A with bias", "sigmoid", "partial rotation"),
+    *("factor norm", "output norm and gate", "KV shift"),
+]
+
+
+def cache_for(layer, kind, batch=2, room=24, dtype=torch.float64, device=None):
+    place = {"dtype": dtype, "device": device}
+    fixed = kind.endswith("fixed shape")
+    if kind.startswith("pages"):
+        blocks = batch * -(-room // 4)
+        return PagedFactorCache(layer, blocks, 4, batch=batch, max_len=room if fixed else None, **place)
+    return QuantizedFactorCache(layer, batch, room, kind=kind.split()[0], fixed_shape=fixed, **place)
+
+
+def tensor(seed, batch=2, tokens=9, width=d):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, tokens, width, generator=generator, dtype=torch.float64)
+
+
+class Appending:
+    """A cache that hides what it can do: layers get all records at each step."""
+
+    def __init__(self, cache):
+        self.cache = cache
+
+    def __getattr__(self, name):
+        if name in ("decode", "decodes"):
+            raise AttributeError(name)
+        return getattr(self.cache, name)
+
+
+class InPlace(Appending):
+    """A cache that returns no records."""
+
+    def append(self, *_records):
+        raise AssertionError("records were gathered")
+
+    def __getattr__(self, name):
+        return getattr(self.cache, name)
+
+
+def pair(layer, kind, **options):
+    return InPlace(cache_for(layer, kind, **options)), Appending(cache_for(layer, kind, **options))
+
+
+def both(layer, caches, x, **arguments):
+    found, expected = (layer(x, cache=cache, **arguments) for cache in caches)
+    torch.testing.assert_close(found, expected, rtol=0, atol=ROUNDING)
+    assert not torch.equal(found, torch.zeros_like(found))
+    return found
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("name", COMPLETE)
+def test_a_layer_decodes_in_place_what_it_decodes_from_all_records(name, kind):
+    layer, x = build(name), tensor(1)
+    caches = pair(layer, kind)
+    assert isinstance(caches[0].cache, DecodesInPlace)
+    for chunk in x.split([3, 1, 4, 1], dim=1):
+        both(layer, caches, chunk)
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name not in COMPLETE])
+def test_records_that_are_not_what_attention_reads_decode_too(name, kind):
+    layer, x = build(name), tensor(2)
+    cache, plain = cache_for(layer, kind), Appending(cache_for(layer, kind))
+    chunks = x.split([5, 1, 3], dim=1)
+    found = torch.cat([both(layer, (cache, plain), chunk) for chunk in chunks], dim=1)
+    if kind.startswith("pages"):
+        torch.testing.assert_close(found, layer(x), rtol=0, atol=ROUNDING)
+
+
+@EVERY_KIND
+def test_a_prefill_and_the_most_tokens_that_are_decoded_agree_with_all_records(kind):
+    layer, x = build("contextual"), tensor(3, tokens=MAX_DECODE_TOKENS + 3)
+    gathered, caches = cache_for(layer, kind), pair(layer, kind)
+    both(layer, caches, x[:, :MAX_DECODE_TOKENS])
+    caches[0].cache.reset()
+    with pytest.raises(AssertionError, match="records were gathered"):
+        layer(x, cache=caches[0])
+    torch.testing.assert_close(
+        layer(x, cache=gathered), layer(x), rtol=0, atol=ROUNDING if "pages" in kind else 1.0
+    )
+
+
+@EVERY_KIND
+def test_sequences_of_unequal_length_decode_in_place(kind):
+    layer, x, more = build("contextual"), tensor(4), tensor(5, tokens=6)
+    caches = pair(layer, kind)
+    for cache in caches:
+        layer(x, cache=cache.cache)
+        cache.crop(torch.tensor([9, 2]))
+    for chunk in more.split([1, 3, 1, 1], dim=1):
+        both(layer, caches, chunk)
+    assert [int(n) for n in caches[0].past_length(0)] == [15, 8]
+
+
+@EVERY_KIND
+def test_masks_and_biases_reach_the_cache(kind):
+    layer, x = build("contextual"), tensor(6)
+    caches = pair(layer, kind)
+    for cache in caches:
+        layer(x[:, :6], cache=cache.cache)
+    heads, fixed = layer.num_heads, kind.endswith("fixed shape")
+    seen = torch.ones(2, 24 if fixed else 8, dtype=torch.int64)
+    seen[0, :3] = 0
+    seen[1] = 0  # a row that sees nothing gives 0
+    found = both(layer, caches, x[:, 6:8], attention_mask=seen)
+    assert not found[1].any()
+    bias = torch.randn(2, heads, 1, 24 if fixed else 9, generator=torch.Generator().manual_seed(7)).double()
+    both(layer, caches, x[:, 8:], attention_mask=bias)
+    alone = cache_for(layer, kind)
+    for chunk in x.split([6, 2, 1], dim=1):
+        plain = layer(chunk, cache=alone)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(found[0, 0], plain[0, 0], rtol=0, atol=1e-3)
+
+
+@EVERY_KIND
+def test_a_mask_that_does_not_fit_is_refused_before_anything_is_written(kind):
+    layer, x = build("contextual"), tensor(8)
+    cache = cache_for(layer, kind)
+    layer(x[:, :5], cache=cache)
+    cache.crop(torch.tensor([5, 2]))  # unequal lengths: how long the mask must be is the cache's to say
+    with pytest.raises(ValueError, match="attention_mask must have shape"):
+        layer(x[:, :1], cache=cache, attention_mask=torch.ones(2, 3, dtype=torch.int64))
+    assert [int(n) for n in cache.past_length(0)] == [5, 2]
+
+
+@EVERY_KIND
+def test_beams_decode_in_place_from_the_sequence_they_were_given(kind):
+    layer, x, more = build("KV shift"), tensor(9), tensor(10, tokens=2)
+    caches = pair(layer, kind)
+    for cache in caches:
+        layer(x, cache=cache.cache)
+        cache.reorder(torch.tensor([1, 1]))
+    found = both(layer, caches, more)
+    if kind.startswith("pages"):
+        expected = layer(torch.cat([x[[1, 1]], more], dim=1))[:, -2:]
+        torch.testing.assert_close(found, expected, rtol=0, atol=ROUNDING)
+
+
+def test_forks_write_to_copies_of_the_pages_they_share():
+    layer, x, more = build("contextual"), tensor(11, batch=1, tokens=6), tensor(12)
+    cache = PagedFactorCache(layer, 8, 4, batch=1, dtype=torch.float64)
+    layer(x, cache=cache)
+    cache.fork(cache.sequences[0])
+    found = torch.cat([layer(chunk, cache=InPlace(cache)) for chunk in more.split(3, dim=1)], dim=1)
+    expected = layer(torch.cat([x.expand(2, -1, -1), more], dim=1))[:, 6:]
+    torch.testing.assert_close(found, expected, rtol=0, atol=ROUNDING)
+
+
+@EVERY_KIND
+def test_a_full_cache_refuses_before_anything_is_written(kind):
+    layer, x = build("KV shift"), tensor(13, tokens=8)
+    cache = cache_for(layer, kind, room=8)
+    layer(x, cache=cache)
+    state = cache.state_dict()
+    with pytest.raises(ValueError, match=r"no room for 1 more|need 2 more blocks of 4, and 0 of 4"):
+        layer(x[:, :1], cache=cache)
+    after = cache.state_dict()
+    assert state.keys() == after.keys()
+    for name, value in state.items():
+        same = torch.equal(value, after[name]) if isinstance(value, torch.Tensor) else value == after[name]
+        assert same, name
+
+
+@EVERY_KIND
+def test_a_model_generates_the_same_tokens_in_place_and_without_a_cache(kind):
+    sizes = {"vocab_size": 17, "hidden_size": 16, "num_attention_heads": 3, "head_dim": 8, "q_rank": 3}
+    config = ModelConfig(**sizes, num_hidden_layers=2, zero_init_output=False)
+    model = T6(config, dtype=torch.float64, generator=torch.Generator().manual_seed(14)).eval()
+    ids = torch.randint(17, (2, 5), generator=torch.Generator().manual_seed(15))
+    source = model if kind.startswith("pages") else model.model.layers[0].attn
+    if kind.startswith("pages"):
+        caches = pair(source, kind)
+    else:
+        records = source.k_record, source.v_record
+        fixed = {"fixed_shape": kind.endswith("fixed shape"), "dtype": torch.float64}
+        caches = tuple(
+            wrap(QuantizedFactorCache(config, 2, 24, kind=kind.split()[0], records=records, **fixed))
+            for wrap in (InPlace, Appending)
+        )
+    whole, new = ids, [ids, ids]
+    with torch.no_grad():
+        for _ in range(12):
+            found, expected = (model(step, cache=cache) for step, cache in zip(new, caches, strict=True))
+            torch.testing.assert_close(found, expected, rtol=0, atol=ROUNDING)
+            truth = model(whole)[:, -1]
+            if kind.startswith("pages"):
+                torch.testing.assert_close(found[:, -1], truth, rtol=0, atol=ROUNDING)
+            token = truth.argmax(-1, keepdim=True)
+            whole, new = torch.cat([whole, token], dim=1), [token, token]
+
+
+@pytest.mark.parametrize(
+    "layer", [MHA(d, 2, 4), GQA(d, 4, 4, 2), MLA(d, 2, 4, 6, 6, 4)], ids=["mha", "gqa", "mla"]
+)
+def test_baselines_read_gathered_pages(layer):
+    layer = layer.double()
+    torch.nn.init.normal_(layer.o.weight, generator=torch.Generator().manual_seed(16))
+    x = tensor(17)
+    for kind in ("pages", "pages of fixed shape"):
+        cache = cache_for(layer, kind)
+        with torch.no_grad():
+            found = torch.cat([layer(chunk, cache=cache) for chunk in x.split([4, 1, 1, 3], dim=1)], dim=1)
+            torch.testing.assert_close(found, layer(x), rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("impl", ["reference", "sdpa"])
+def test_an_implementation_asked_for_gets_all_records(impl):
+    layer, x = build("contextual", impl=impl), tensor(18, tokens=3)
+    with pytest.raises(AssertionError, match="records were gathered"):
+        layer(x, cache=InPlace(cache_for(layer, "pages")))
+
+
+def test_gradients_flow_to_the_query_of_a_cache_read_in_place():
+    layer, x = build("contextual"), tensor(19)
+    for kind in KINDS:
+        caches, grads = pair(layer, kind), []
+        for cache in caches:
+            with torch.no_grad():
+                layer(x[:, :8], cache=cache.cache)
+            layer.zero_grad()
+            layer(x[:, 8:], cache=cache).square().sum().backward()
+            grads.append(layer.b_q.matrix.grad.clone())
+        torch.testing.assert_close(*grads, rtol=0, atol=1e-10)  # sums of squares of outputs of size 10
+        assert grads[0].any()
+
+
+# -------------------------------------------------------------------------------- steps the host does not see
+
+
+@contextmanager
+def recorded(cache):
+    """As while a CUDA graph is captured or replayed: only what is on the device may matter."""
+    cache._recorded = lambda: True
+    yield
+    del cache._recorded
+
+
+def test_a_step_that_the_host_does_not_see_goes_where_lengths_and_table_point():
+    layer, x = build("KV shift"), tensor(20, tokens=14)
+    cache = cache_for(layer, "pages of fixed shape")
+    layer(x[:, :3], cache=cache)
+    table, lengths = cache.block_table, cache.view(0)[3]
+    for t in range(3, 14):
+        cache.advance()
+        with recorded(cache):
+            found = layer(x[:, t : t + 1], cache=cache)
+        torch.testing.assert_close(found, layer(x[:, : t + 1])[:, -1:], rtol=0, atol=ROUNDING)
+    assert cache.seq_lens(0).tolist() == [14, 14]
+    assert cache.block_table.data_ptr() == table.data_ptr()
+    assert cache.view(0)[3].data_ptr() == lengths.data_ptr()
+    assert torch.equal(cache.block_table, table)  # four pages each by now, in the tensor of the first step
+    assert len(set(table[:, :4].flatten().tolist())) == 8
+    cache.reorder([1, 0])
+    cache.crop([5, 14])
+    assert cache.view(0)[2].data_ptr() == table.data_ptr()
+    assert lengths.tolist() == [5, 14]
+
+
+def test_advancing_without_room_changes_nothing():
+    layer, x = build("contextual"), tensor(21, tokens=7)
+    cache = cache_for(layer, "pages of fixed shape", room=8)
+    layer(x, cache=cache)
+    cache.advance()
+    with pytest.raises(ValueError, match="capacity 8 holds 8 tokens of layer 0: no room for 1 more"):
+        cache.advance()
+    assert cache.extent(0) == 8
+    with pytest.raises(ValueError, match="advance needs a cache of fixed shape, got max_len=None"):
+        cache_for(layer, "pages").advance()
+    with pytest.raises(ValueError, match="new must be >= 0, got -1"):
+        cache.advance(-1)
+    with pytest.raises(ValueError, match="at most batch = 2 sequences, got one more"):
+        cache.allocate()
+    with pytest.raises(ValueError, match="at most batch = 2 sequences, got one more"):
+        cache.fork(cache.sequences[0])
+    cache.free(cache.sequences[0])
+    with recorded(cache), pytest.raises(RuntimeError, match="call advance, with 0 if need be"):
+        layer(x[:1, :1], cache=cache)
+
+
+def decode_compiled(_rank, _world_size):
+    """Graphs that 20 compiled steps took with each cache, and how far they are from eager ones."""
+    from torch._dynamo.testing import CompileCounter
+
+    layer = TPAttention(16, 3, 8, 3, 2, 2, zero_init_output=False)
+    x = torch.randn(2, 20, 16, generator=torch.Generator().manual_seed(0))
+    found = {}
+    for kind in ("pages of fixed shape", "int8 of fixed shape"):
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        step = torch.compile(layer, fullgraph=True, backend=counter)
+        cache, eager = (cache_for(layer, kind, dtype=torch.float32) for _ in range(2))
+        rows, expected = [], []
+        with torch.no_grad():
+            for t in range(20):
+                if kind.startswith("pages"):
+                    cache.advance()
+                rows.append(step(x[:, t : t + 1], cache=cache))
+                expected.append(layer(x[:, t : t + 1], cache=eager))
+        error = (torch.cat(rows) - torch.cat(expected)).abs().max().item()
+        found[kind] = (counter.frame_count, error, cache.past_length(0).tolist())
+    return found
+
+
+@pytest.mark.slow
+def test_a_cache_of_fixed_shape_is_compiled_once_for_all_steps(run_distributed):
+    (found,) = run_distributed(decode_compiled, 1, timeout=150)
+    for kind, (graphs, error, lengths) in found.items():
+        assert graphs == 1, kind
+        assert error < 5e-6, kind  # float32, values of size 1
+        assert lengths == [20, 20]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["contextual", "KV-only", "KV shift"])
+@pytest.mark.parametrize("kind", ["pages of fixed shape", "int8 of fixed shape", "fp8_e4m3 of fixed shape"])
+def test_a_cuda_graph_decodes_in_place_as_the_cache_grows(name, kind):
+    options = OPTIONS[name] | {"zero_init_output": False, "generator": torch.Generator().manual_seed(22)}
+    layer = TPAttention(64, 6, 32, 4, 2, 2, **options).cuda().bfloat16()
+    x = tensor(23, tokens=40, width=64).cuda().bfloat16()
+    cache, eager = (cache_for(layer, kind, room=48, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    token = x[:, :1].clone()
+    with torch.no_grad():
+        expected = [layer(x[:, :20], cache=eager)]
+        expected += [layer(x[:, t : t + 1], cache=eager) for t in range(20, 40)]
+        layer(x[:, :20], cache=cache)
+        layer(x[:, 20:21], cache=cache)  # compiles
+        if kind.startswith("pages"):
+            cache.advance(0)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            row = layer(token, cache=cache)
+        for t in range(21, 40):
+            if kind.startswith("pages"):
+                cache.advance()
+            token.copy_(x[:, t : t + 1])
+            graph.replay()
+            truth = expected[t - 19]
+            assert (row - truth).norm() <= 2**-7 * truth.norm()  # bfloat16; the newest key alone weighs 1/40
+    assert cache.seq_lens(0).tolist() == [40, 40] if kind.startswith("pages") else True
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_decodes_in_place_on_the_gpu(kind):
+    options = {"zero_init_output": False, "generator": torch.Generator().manual_seed(24)}
+    layer = TPAttention(64, 6, 32, 4, 2, 2, **options).cuda()
+    x = tensor(25, tokens=40, width=64).float().cuda()
+    cache = cache_for(layer, kind, room=48, dtype=torch.float32, device="cuda")
+    plain = Appending(cache_for(layer, kind, room=48, dtype=torch.float32, device="cuda"))
+    with torch.no_grad():
+        for chunk in x.split([20, 1, 16, 3], dim=1):
+            found = layer(chunk, cache=InPlace(cache) if chunk.shape[1] <= MAX_DECODE_TOKENS else cache)
+            # float32 sums in another order, values of size 1; with TF32 off on both ways
+            torch.testing.assert_close(found, layer(chunk, cache=plain), rtol=1e-4, atol=1e-4)
+
+
+def test_a_contiguous_cache_is_read_in_place_by_its_views():
+    layer = build("contextual")
+    assert not decodes_in_place(FactorCache(layer, 1, 1), (layer.k_record, layer.v_record))
