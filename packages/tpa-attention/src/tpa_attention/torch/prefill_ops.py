@@ -68,8 +68,8 @@ def prefill(
         from tpa_attention.torch.kernels.prefill import prefill_triton
     except ModuleNotFoundError as error:
         raise RuntimeError(NO_TRITON) from error
-    intervals = _intervals(cu_seqlens_q, cu_seqlens_k, bq.shape[1], bk.shape[1], causal, window)
-    return prefill_triton(*factors, intervals, causal, window, scale, out_scale)
+    seen = intervals(cu_seqlens_q, cu_seqlens_k, bq.shape[1], bk.shape[1], causal, window)
+    return prefill_triton(*factors, seen, causal, window, scale, out_scale)
 
 
 @torch.library.custom_op("tpa::prefill_backward", mutates_args=())
@@ -101,8 +101,8 @@ def prefill_backward(
         return _gradients_plainly(dout, dlse, *factors, out, lse, cu_seqlens_q, cu_seqlens_k, *options)
     from tpa_attention.torch.kernels.prefill_backward import prefill_backward_triton
 
-    intervals = _intervals(cu_seqlens_q, cu_seqlens_k, bq.shape[1], bk.shape[1], causal, window)
-    return prefill_backward_triton(dout, dlse, *factors, out, lse, intervals, *options)
+    seen = intervals(cu_seqlens_q, cu_seqlens_k, bq.shape[1], bk.shape[1], causal, window)
+    return prefill_backward_triton(dout, dlse, *factors, out, lse, seen, *options)
 
 
 @prefill.register_fake
@@ -152,7 +152,7 @@ def _uses_kernel(bq: Tensor) -> bool:
     return (bq.device.type == "cuda" or interpreted) and bq.dtype in KERNEL_TYPES
 
 
-def _intervals(
+def intervals(
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     T: int,

@@ -235,7 +235,7 @@ def _take_in(
     """The running softmax (acc, total, top) after the keys [first, first + BLOCK_M)."""
     n = tl.arange(0, BLOCK_M)
     inside = first + n < M
-    place = first.to(tl.int64)
+    place = tl.cast(first, tl.int64)
     k = tile_of(
         ak + place * ak_t, ak_t, ak_r, bk + place * bk_t, bk_t, bk_r, n, inside, d, RK, D, D_PAD, COMPUTE
     )

@@ -189,7 +189,7 @@ def _add_keys(
     """The sum dQ / scale after the keys [first, first + BLOCK_M)."""
     n = tl.arange(0, BLOCK_M)
     inside = first + n < M
-    place = first.to(tl.int64)
+    place = tl.cast(first, tl.int64)
     k = tile_of(
         ak + place * ak_t, ak_t, ak_r, bk + place * bk_t, bk_t, bk_r, n, inside, d, RK, D, D_PAD, COMPUTE
     )
@@ -323,7 +323,7 @@ def _add_queries(
     """The sums dK / scale and dV / out_scale after the queries [first, first + BLOCK_T)."""
     t = tl.arange(0, BLOCK_T)
     inside = first + t < T
-    place = first.to(tl.int64)
+    place = tl.cast(first, tl.int64)
     q = tile_of(
         aq + place * aq_t, aq_t, aq_r, bq + place * bq_t, bq_t, bq_r, t, inside, d, RQ, D, D_PAD, COMPUTE
     )
