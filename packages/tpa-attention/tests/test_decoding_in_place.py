@@ -8,6 +8,7 @@ from layer_cases import OPTIONS, build
 from test_reference_layer import d
 
 from tpa_attention.config import ModelConfig
+from tpa_attention.torch import blockwise
 from tpa_attention.torch.baselines import GQA, MHA, MLA
 from tpa_attention.torch.cache import FactorCache
 from tpa_attention.torch.cache_protocol import DecodesInPlace, decodes_in_place
@@ -84,13 +85,34 @@ def test_a_layer_decodes_in_place_what_it_decodes_from_all_records(name, kind):
 
 @EVERY_KIND
 @pytest.mark.parametrize("name", [name for name in OPTIONS if name not in COMPLETE])
-def test_records_that_are_not_what_attention_reads_decode_too(name, kind):
+def test_records_that_are_not_what_attention_reads_become_factors_in_place(name, kind):
     layer, x = build(name), tensor(2)
-    cache, plain = cache_for(layer, kind), Appending(cache_for(layer, kind))
-    chunks = x.split([5, 1, 3], dim=1)
-    found = torch.cat([both(layer, (cache, plain), chunk) for chunk in chunks], dim=1)
+    caches = pair(layer, kind)
+    found = torch.cat([both(layer, caches, chunk) for chunk in x.split([5, 1, 3], dim=1)], dim=1)
     if kind.startswith("pages"):
         torch.testing.assert_close(found, layer(x), rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "contiguous"])
+@pytest.mark.parametrize("name", ["shared B", "third order", "non-contextual B"])
+def test_keys_that_rotate_on_load_are_rotated_a_block_at_a_time(name, kind, monkeypatch):
+    layer, x = build(name), tensor(26, tokens=40)
+    make = (
+        (lambda: FactorCache(layer, 2, 40, dtype=x.dtype))
+        if kind == "contiguous"
+        else (lambda: cache_for(layer, kind, room=40))
+    )
+    cache, whole = make(), make()
+    for one in (cache, whole):
+        layer(x[:, :37], cache=one)
+        one.crop(torch.tensor([37, 21]))
+    expected = layer(x[:, 37:], cache=whole)
+    tokens, unpack = [], layer._unpack
+    monkeypatch.setattr(layer, "_unpack", lambda k, v, at: (tokens.append(k.shape[1]), unpack(k, v, at))[1])
+    monkeypatch.setattr(blockwise, "SCRATCH", 1)
+    found = layer(x[:, 37:], cache=cache)
+    assert tokens == [16, 16, 8]  # a tile each, and what is left
+    torch.testing.assert_close(found, expected, rtol=0, atol=ROUNDING)
 
 
 @EVERY_KIND
@@ -383,4 +405,5 @@ def test_a_layer_decodes_in_place_on_the_gpu(kind):
 
 def test_a_contiguous_cache_is_read_in_place_by_its_views():
     layer = build("contextual")
-    assert not decodes_in_place(FactorCache(layer, 1, 1), (layer.k_record, layer.v_record))
+    assert not decodes_in_place(FactorCache(layer, 1, 1))
+    assert decodes_in_place(cache_for(layer, "pages"))

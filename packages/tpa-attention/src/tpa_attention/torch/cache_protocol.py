@@ -2,13 +2,14 @@
 
 `LayerCache` is the conversation every cache takes part in: records of new tokens in, records of all tokens
 out. Where that is a view, decoding reads the cache in place already. A cache whose records lie in pages or in
-eight bits would have to gather or widen all of them at each step; it answers `DecodesInPlace` besides, and
-attends for the layer from the records as they lie.
+eight bits would have to gather or widen all of them at each step; it answers `DecodesInPlace` besides: it
+attends for the layer from the records as they lie, or hands them out a block at a time.
 
 Source: Zhang et al. 2025 (arXiv 2501.06425), Section 3 (what is cached), Algorithms 2-3 (decoding from it).
 """
 
-from typing import Protocol, TypeGuard, runtime_checkable
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -57,7 +58,7 @@ class LayerCache(Protocol):
 
 @runtime_checkable
 class DecodesInPlace(LayerCache, Protocol):
-    """What a layer asks of a cache that attends from the records as it keeps them."""
+    """What a layer asks of a cache whose records are not one tensor that it could be given."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -68,10 +69,6 @@ class DecodesInPlace(LayerCache, Protocol):
         """M, the keys that masks speak of, once `new` more tokens are written."""
         ...
 
-    def decodes(self, records: tuple[RecordLayout, RecordLayout]) -> bool:
-        """Whether records of these layouts of K and V can be attended to as they lie."""
-        ...
-
     def write(
         self,
         layer: int,
@@ -80,6 +77,14 @@ class DecodesInPlace(LayerCache, Protocol):
         positions: Int[Tensor, "B T"] | None = None,
     ) -> object:
         """Take the records of T new tokens; raise before anything is written if they do not fit."""
+        ...
+
+    def read(self, layer: int, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Records of K and V (B, last - first, W) of these tokens, for layers that attend block by block."""
+        ...
+
+    def decodes(self, records: tuple[RecordLayout, RecordLayout]) -> bool:
+        """Whether `decode` takes records of these layouts of K and V."""
         ...
 
     def decode(
@@ -97,12 +102,47 @@ class DecodesInPlace(LayerCache, Protocol):
         ...
 
 
-def decodes_in_place(
-    cache: LayerCache, records: tuple[RecordLayout, RecordLayout]
-) -> TypeGuard[DecodesInPlace]:
-    """Whether a layer with these records is to let the cache attend.
+def decodes_in_place(cache: LayerCache) -> TypeGuard[DecodesInPlace]:
+    """Whether the cache is a `DecodesInPlace`.
 
-    Asked at each step, hence by the one method that tells; `isinstance` would look for all of them.
+    Asked at each step, hence by one method; `isinstance` would look for all of them.
     """
-    decodes = getattr(cache, "decodes", None)
-    return decodes is not None and decodes(records)
+    return hasattr(cache, "decodes")
+
+
+class Stored(NamedTuple):
+    """What a layer knows of the records of all tokens.
+
+    Attributes:
+        keys: M, how many there are of every sequence, valid or not.
+        seq_lens: how many of each are valid; None if all are.
+        dtype: their type.
+        read: K and V records (B, last - first, W) of the tokens in [first, last).
+    """
+
+    keys: int
+    seq_lens: Int[Tensor, " B"] | None
+    dtype: torch.dtype
+    read: Callable[[int, int], tuple[Tensor, Tensor]]
+
+
+def store(
+    cache: LayerCache,
+    in_place: DecodesInPlace | None,
+    layer: int,
+    k: Float[Tensor, "B T Wk"],
+    v: Float[Tensor, "B T Wv"],
+    positions: Int[Tensor, "B T"],
+) -> Stored:
+    """Give a cache the records of T new tokens, by `write` if it is to be read in place, else by `append`."""
+    if in_place is None:
+        all_k, all_v, seq_lens = cache.append(layer, k, v, positions)
+        return Stored(all_k.shape[1], seq_lens, all_k.dtype, lambda a, b: (all_k[:, a:b], all_v[:, a:b]))
+    in_place.write(layer, k, v, positions)
+    length = in_place.past_length(layer)
+    return Stored(
+        in_place.extent(layer),
+        None if isinstance(length, int) else length,
+        in_place.dtype,
+        lambda a, b: in_place.read(layer, a, b),
+    )

@@ -12,7 +12,7 @@ Source: Zhang et al. 2025 (arXiv 2501.06425), Sections 3 and 4, Appendices C and
 """
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from tpa_attention import _checks
 from tpa_attention.config import HEAD_ACTIVATIONS, IMPLS, INITS, RopeConfig
 
-from . import inputs
+from . import blockwise, dispatch, inputs
 from .cache import CacheLayout, LayerCache
-from .cache_protocol import decodes_in_place
+from .cache_protocol import decodes_in_place, store
 from .factor_maps import FactorMap, empty_linear, init_a, init_b, init_linear, project
 from .factors import RecordLayout, TPAFactors
 from .functional import tpa_attention, tpa_decode, tpa_decode_factors
@@ -269,42 +269,52 @@ class TPAttention(nn.Module):
         cache: LayerCache,
         layer_idx: int,
     ) -> Float[Tensor, "B T H E"]:
-        """Append the records of the new tokens, then attend to all tokens, in the type of the cache."""
+        """Store the records of the new tokens, then attend to all tokens, in the type of the cache."""
         batch, new = positions.shape
+        few, records = new <= MAX_DECODE_TOKENS, (self.k_record, self.v_record)
+        own = cache if few and self.impl in IN_PLACE and decodes_in_place(cache) else None
+        # records that attention does not read as they are become factors a block at a time in plain torch
+        in_blocks = few and self.impl == "auto" and not self._decodes_records
+        in_blocks = in_blocks and dispatch.chosen("auto", bq) == "blockwise"
+        if own is not None and not (own.decodes(records) if self._decodes_records else in_blocks):
+            own = None
+        if own is not None:
+            inputs.key_mask(attention_mask, batch, new, own.extent(layer_idx, new))  # before anything changes
+        stored = store(cache, own, layer_idx, *self._pack(raw, positions), positions)
+        mask = inputs.key_mask(attention_mask, batch, new, stored.keys)
+        aq = None if raw.aq is None else raw.aq.expand(batch, new, -1, -1).to(stored.dtype)
+        bq = bq.expand(batch, new, -1, -1).to(stored.dtype)
         options = {"rank_scale": self.rank_scale, "impl": self.impl}
-        records = self.k_record, self.v_record
-        few = new <= MAX_DECODE_TOKENS
-        if few and self._decodes_records and self.impl in IN_PLACE and decodes_in_place(cache, records):
-            mask = inputs.key_mask(attention_mask, batch, new, cache.extent(layer_idx, new))
-            cache.write(layer_idx, *self._pack(raw, positions), positions)
-            aq = None if raw.aq is None else raw.aq.expand(batch, new, -1, -1).to(cache.dtype)
-            bq = bq.expand(batch, new, -1, -1).to(cache.dtype)
-            heads, _ = cache.decode(layer_idx, aq, bq, records, attn_bias=mask, **options)
-            return heads.to(raw.bq.dtype)
-        k, v, seq_lens = cache.append(layer_idx, *self._pack(raw, positions), positions)
-        keys = k.shape[1]
-        mask = inputs.key_mask(attention_mask, batch, new, keys)
-        aq = None if raw.aq is None else raw.aq.expand(batch, new, -1, -1).to(k.dtype)
-        bq = bq.expand(batch, new, -1, -1).to(k.dtype)
-        if few and self._decodes_records:
+        ragged: dict[str, Any] = {"seq_lens": stored.seq_lens, "attn_bias": mask}
+        if few and self._decodes_records and own is not None:
+            heads, _ = own.decode(layer_idx, aq, bq, records, attn_bias=mask, **options)
+        elif few and self._decodes_records:
             heads = tpa_decode(
-                *(aq, bq, k, v),
+                *(aq, bq, *stored.read(0, stored.keys)),
                 ranks=(self.k_rank, self.v_rank),
                 num_heads=self.num_heads,
                 head_dim=self.head_dim,
                 v_head_dim=self.v_head_dim,
-                seq_lens=seq_lens,
-                attn_bias=mask,
+                **ragged,
                 **options,
             )
-            return cast(Tensor, heads).to(raw.bq.dtype)
-        kv = self._unpack(k, v, self._key_positions(cache, layer_idx, keys, positions, counted))
-        if few:
-            heads = tpa_decode_factors(aq, bq, *kv, seq_lens=seq_lens, attn_bias=mask, **options)
         else:
-            if seq_lens is not None:
-                mask = inputs.combine(mask, ragged_mask(new, keys, seq_lens))
-            heads = tpa_attention(aq, bq, *kv, causal=seq_lens is None, attn_mask=mask, **options)
+            at = self._key_positions(cache, layer_idx, stored.keys, positions, counted)
+
+            def load(first: int, last: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+                return self._unpack(*stored.read(first, last), None if at is None else at[:, first:last])
+
+            if in_blocks:
+                sizes = (stored.keys, self.k_rank, self.v_rank, self.num_heads, self.v_head_dim)
+                heads, _ = blockwise.decode_loaded(aq, bq, load, sizes, **ragged, rank_scale=self.rank_scale)
+            elif few:
+                heads = tpa_decode_factors(aq, bq, *load(0, stored.keys), **ragged, **options)
+            else:
+                causal = stored.seq_lens is None
+                if stored.seq_lens is not None:
+                    mask = inputs.combine(mask, ragged_mask(new, stored.keys, stored.seq_lens))
+                kv = load(0, stored.keys)
+                heads = tpa_attention(aq, bq, *kv, causal=causal, attn_mask=mask, **options)
         return cast(Tensor, heads).to(raw.bq.dtype)
 
     # ------------------------------------------------------------------------------ hidden state to factors

@@ -57,7 +57,11 @@ class PagedFactorCache(PagedSequences):
     def key_positions(self, layer: int) -> Int[Tensor, "B M"] | None:
         """Positions of the stored tokens; None unless the layout keeps them."""
         self._check_layer(layer)
-        return self._gathered(self._positions[layer], layer) if self._positions else None
+        if not self._positions:
+            return None
+        longest = self.extent(layer)
+        pages = self.block_table[:, : -(-longest // self.block_size)].long()
+        return self._positions[layer][pages].flatten(1, 2)[:, :longest]
 
     def view(self, layer: int) -> tuple[Tensor, Tensor, Int[Tensor, "B pages"], Int[Tensor, " B"]]:
         """What `tpa_decode` takes to read in place: the pools of K and V, `block_table` and `seq_lens`.
@@ -82,7 +86,7 @@ class PagedFactorCache(PagedSequences):
         """
         self.write(layer, k, v, positions)
         lengths = None if isinstance(self.past_length(layer), int) else self.seq_lens(layer)
-        return self._gathered(self._k[layer], layer), self._gathered(self._v[layer], layer), lengths
+        return *self.read(layer, 0, self.extent(layer)), lengths
 
     @torch.no_grad()
     def write(
@@ -128,6 +132,15 @@ class PagedFactorCache(PagedSequences):
         lengths.add_(new)
         if not recorded:
             self._host.count([layer], new)
+
+    def read(self, layer: int, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Records of K and V of the tokens in [first, last), gathered; past a sequence they are anything."""
+        self._check_layer(layer)
+        size = self.block_size
+        pages = self.block_table[:, first // size : -(-last // size)].long()
+        tokens = slice(first % size, first % size + last - first)
+        k, v = (pool[layer][pages].flatten(1, 2)[:, tokens] for pool in (self._k, self._v))
+        return k, v
 
     def decodes(self, records: tuple[RecordLayout, RecordLayout]) -> bool:
         """Whether records of these layouts hold both factors of K and V, and are what is kept here."""
@@ -202,11 +215,6 @@ class PagedFactorCache(PagedSequences):
         layers = range(self.layout.num_layers)
         self._make_room(layers, new)
         self._host.count(layers, new)
-
-    def _gathered(self, pool: Tensor, layer: int) -> Tensor:
-        longest = self.extent(layer)
-        pages = self.block_table[:, : -(-longest // self.block_size)].long()
-        return pool[pages].flatten(1, 2)[:, :longest]
 
     def _to_whole_pages(self, bias: Tensor | None, layer: int) -> Tensor | None:
         """A mask as long as the table; what lies past a sequence is not read whatever it says."""

@@ -111,12 +111,7 @@ class QuantizedFactorCache(FactorCache):
     ) -> tuple[Float[Tensor, "B M Wk"], Float[Tensor, "B M Wv"], Int[Tensor, " B"] | None]:
         """`write`, and then the records of all tokens in `dtype`, with their number per sequence or None."""
         lengths = self.write(layer, k, v, positions)
-        used = self._extent(layer)
-        all_k, all_v = (
-            self._floating(record, buffer[layer][:, :used], scales[layer][:, :used])
-            for record, buffer, scales in zip(self.records, (self._k, self._v), self._scales, strict=True)
-        )
-        return all_k, all_v, lengths
+        return *self.read(layer, 0, self.extent(layer)), lengths
 
     @torch.no_grad()
     def write(
@@ -148,6 +143,15 @@ class QuantizedFactorCache(FactorCache):
         """M, the keys that masks speak of, once `new` more tokens are written."""
         self._check_layer(layer)
         return self.max_len if self.fixed_shape else self._used[layer] + new
+
+    def read(self, layer: int, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Records of K and V of the tokens in [first, last), in `dtype`."""
+        self._check_layer(layer)
+        k, v = (
+            self._floating(record, buffer[layer][:, first:last], scales[layer][:, first:last])
+            for record, buffer, scales in zip(self.records, (self._k, self._v), self._scales, strict=True)
+        )
+        return k, v
 
     def decodes(self, records: tuple[RecordLayout, RecordLayout]) -> bool:
         """Whether records of these layouts are those kept here, with both factors of K and V."""
