@@ -18,11 +18,11 @@ def call(new=3, dtype=torch.float32, records=torch.float32, widths=(10, 7), narr
     return {
         "pool_k": normal(BLOCKS, SIZE, widths[0], seed=1, dtype=dtype),
         "pool_v": normal(BLOCKS, SIZE, widths[1], seed=2, dtype=dtype),
+        "pool_positions": torch.full((BLOCKS, SIZE), -1, dtype=torch.int32) if positions else None,
         "k": k,
         "v": v,
         "block_table": torch.tensor([[5, 2, 0], [1, 3, 0]], dtype=torch.int32),
         "seq_lens": torch.tensor([2, 5], dtype=torch.int32),
-        "pool_positions": torch.full((BLOCKS, SIZE), -1, dtype=torch.int32) if positions else None,
         "positions": None if positions is not True else torch.arange(2 * new).view(2, new) + 50,
     }
 

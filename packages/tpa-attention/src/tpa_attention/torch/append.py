@@ -6,6 +6,9 @@ Lengths and table are read on the device, so a CUDA graph that holds the call wr
 it is replayed. On CUDA this is one Triton kernel for K, V and positions; elsewhere plain indexing, and on the
 CPU with TRITON_INTERPRET=1 the kernel again, interpreted.
 
+`pool_positions` has no default because torch up to 2.11 cannot call an operator that leaves out what it
+writes to (https://github.com/pytorch/pytorch/issues/176078).
+
 Source: Zhang et al. 2025 (arXiv 2501.06425), Section 3 (what is cached); Kwon et al. 2023 (arXiv 2309.06180),
 Section 4 (pages).
 """
@@ -25,11 +28,11 @@ KERNEL_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 def append_paged(
     pool_k: Tensor,
     pool_v: Tensor,
+    pool_positions: Tensor | None,
     k: Tensor,
     v: Tensor,
     block_table: Tensor,
     seq_lens: Tensor,
-    pool_positions: Tensor | None = None,
     positions: Tensor | None = None,
 ) -> None:
     """Write T records behind the `seq_lens` tokens of each sequence; lengths and table stay as they are.
@@ -37,13 +40,13 @@ def append_paged(
     Args:
         pool_k: K records in pages, (num_blocks, block_size, W_K); written to.
         pool_v: V records, alike.
+        pool_positions: (num_blocks, block_size) integers, written to, or None.
         k: new K records (B, T, w), w <= W_K, cast to the pool's type; what lies behind w is left alone.
         v: new V records, alike.
         block_table: (B, pages) integers, the blocks of each sequence in order. Blocks that are written to
             belong to one sequence alone.
         seq_lens: (B,) integers, tokens before these.
-        pool_positions: (num_blocks, block_size) integers; written to where given.
-        positions: (B, T) integers kept there; the place in the sequence if None.
+        positions: (B, T) integers kept in `pool_positions`; the place in the sequence if None.
 
     Raises:
         TypeError: if lengths, table or positions hold no integers.
@@ -51,9 +54,9 @@ def append_paged(
             the table names blocks that are not there; nothing has been written then. On an accelerator,
             where looking would wait, the kernel leaves such tokens out.
     """
-    _check(pool_k, pool_v, k, v, block_table, seq_lens, pool_positions, positions)
-    arguments = (pool_k, pool_v, k, v, block_table, seq_lens, pool_positions, positions)
-    if os.environ.get("TRITON_INTERPRET") == "1" and _fits_kernel(*arguments[:4]):
+    _check(pool_k, pool_v, pool_positions, k, v, block_table, seq_lens, positions)
+    arguments = (pool_k, pool_v, pool_positions, k, v, block_table, seq_lens, positions)
+    if os.environ.get("TRITON_INTERPRET") == "1" and _fits_kernel(pool_k, pool_v, k, v):
         from tpa_attention.torch.kernels.append import append_paged_triton
 
         append_paged_triton(*arguments)
@@ -65,16 +68,16 @@ def append_paged(
 def _append_on_cuda(
     pool_k: Tensor,
     pool_v: Tensor,
+    pool_positions: Tensor | None,
     k: Tensor,
     v: Tensor,
     block_table: Tensor,
     seq_lens: Tensor,
-    pool_positions: Tensor | None = None,
     positions: Tensor | None = None,
 ) -> None:
-    _check(pool_k, pool_v, k, v, block_table, seq_lens, pool_positions, positions)
-    arguments = (pool_k, pool_v, k, v, block_table, seq_lens, pool_positions, positions)
-    if importlib.util.find_spec("triton") is None or not _fits_kernel(*arguments[:4]):
+    _check(pool_k, pool_v, pool_positions, k, v, block_table, seq_lens, positions)
+    arguments = (pool_k, pool_v, pool_positions, k, v, block_table, seq_lens, positions)
+    if importlib.util.find_spec("triton") is None or not _fits_kernel(pool_k, pool_v, k, v):
         _append_plainly(*arguments)
         return
     from tpa_attention.torch.kernels.append import append_paged_triton
@@ -86,14 +89,14 @@ def _append_on_cuda(
 def _append_nothing(
     pool_k: Tensor,
     pool_v: Tensor,
+    pool_positions: Tensor | None,
     k: Tensor,
     v: Tensor,
     block_table: Tensor,
     seq_lens: Tensor,
-    pool_positions: Tensor | None = None,
     positions: Tensor | None = None,
 ) -> None:
-    _check_shapes(pool_k, pool_v, k, v, block_table, seq_lens, pool_positions, positions)
+    _check_shapes(pool_k, pool_v, pool_positions, k, v, block_table, seq_lens, positions)
 
 
 def _fits_kernel(*tensors: Tensor) -> bool:
@@ -103,11 +106,11 @@ def _fits_kernel(*tensors: Tensor) -> bool:
 def _append_plainly(
     pool_k: Tensor,
     pool_v: Tensor,
+    pool_positions: Tensor | None,
     k: Tensor,
     v: Tensor,
     block_table: Tensor,
     seq_lens: Tensor,
-    pool_positions: Tensor | None,
     positions: Tensor | None,
 ) -> None:
     place = seq_lens[:, None].long() + torch.arange(k.shape[1], device=k.device)
@@ -123,15 +126,15 @@ def _append_plainly(
 def _check(
     pool_k: Tensor,
     pool_v: Tensor,
+    pool_positions: Tensor | None,
     k: Tensor,
     v: Tensor,
     block_table: Tensor,
     seq_lens: Tensor,
-    pool_positions: Tensor | None,
     positions: Tensor | None,
 ) -> None:
     """Raise before anything is written."""
-    _check_shapes(pool_k, pool_v, k, v, block_table, seq_lens, pool_positions, positions)
+    _check_shapes(pool_k, pool_v, pool_positions, k, v, block_table, seq_lens, positions)
     if not readable(seq_lens) or k.shape[0] == 0 or k.shape[1] == 0:
         return
     blocks, size = pool_k.shape[:2]
@@ -152,11 +155,11 @@ def _check(
 def _check_shapes(
     pool_k: Tensor,
     pool_v: Tensor,
+    pool_positions: Tensor | None,
     k: Tensor,
     v: Tensor,
     block_table: Tensor,
     seq_lens: Tensor,
-    pool_positions: Tensor | None,
     positions: Tensor | None,
 ) -> None:
     """Everything but values."""

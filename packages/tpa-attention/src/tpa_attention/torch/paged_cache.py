@@ -125,8 +125,8 @@ class PagedFactorCache(PagedSequences):
         lengths, device = self._counted(layer), self.device
         kept = self._positions[layer] if self._positions else None
         append_paged(
-            *(self._k[layer], self._v[layer], k.to(device), v.to(device), self._table[: self._rows], lengths),
-            pool_positions=kept,
+            *(self._k[layer], self._v[layer], kept),
+            *(k.to(device), v.to(device), self._table[: self._rows], lengths),
             positions=None if positions is None or kept is None else positions.to(device),
         )
         lengths.add_(new)

@@ -27,11 +27,11 @@ _SIZES = ("new", "pages", "blocks", "table_b", "k_b", "v_b", "at_b")
 def append_paged_triton(
     pool_k: Tensor,
     pool_v: Tensor,
+    pool_positions: Tensor | None,
     k: Tensor,
     v: Tensor,
     block_table: Tensor,
     seq_lens: Tensor,
-    pool_positions: Tensor | None = None,
     positions: Tensor | None = None,
 ) -> None:
     """See `..append`, whose arguments these are: float32, float16 or bfloat16, of any strides."""
