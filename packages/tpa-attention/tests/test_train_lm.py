@@ -127,7 +127,7 @@ def test_a_step_is_one_of_adamw_on_the_whole_batch(files):
             parameter.grad *= min(1.0, 1.0 / (norm.item() + 1e-6))
         optimizer.step()
     for name, value in model.state_dict().items():
-        # Roundings of 1e-8; where a gradient is as small as Adam's eps they grow, hence the mean of all. Leaving
+        # Roundings of 1e-8, larger where a gradient is as small as Adam's eps, hence the mean of all. Leaving
         # out the decay or the clipping moves it by 1e-4.
         assert (found["model"][name] - value).abs().mean() < 1e-7, name
 
