@@ -9,15 +9,21 @@ its own to be compared with. The floor of its time is that in which memory deliv
     GQA-G   (B, G, M, D)                                    2 G D
     MQA     (B, 1, M, D)                                    2 D
     MLA     [latent | rotary key], weights absorbed         d_c + d_R
+
+On a GPU the baselines are timed with the backend of torch's attention that is the fastest there, and GQA and
+MLA by the Triton kernels of `peer_kernels` too; a row's note says which backend or tiles were taken.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from memory import fastest
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tpa_attention.accounting import QUANTISED
 from tpa_attention.torch.cache import CacheLayout
@@ -67,12 +73,14 @@ class Step:
         truth: the answer (h, E) of the first sequence in float64, from the same cache.
         bytes: of the cache that the step must read.
         capturable: whether a CUDA graph may hold it.
+        note: backend or tiles that were chosen.
     """
 
     call: Call
     truth: Call
     bytes: int
     capturable: bool = True
+    note: str = ""
 
     def error(self) -> float:
         """Largest absolute difference of the first sequence's heads to the truth."""
@@ -115,27 +123,34 @@ def contenders(work: Workload, device: str, dtype: torch.dtype) -> dict[str, Con
             lambda: tpa_step(work, ranks, form, Random(device, dtype)), (ranks[1] + ranks[2]) * (h + D)
         )
 
-    def grouped(groups: int, folded: bool) -> Contender:
-        return Contender(lambda: grouped_step(work, groups, folded, Random(device, dtype)), 2 * groups * D)
+    def grouped(groups: int, form: str) -> Contender:
+        return Contender(lambda: grouped_step(work, groups, form, Random(device, dtype)), 2 * groups * D)
 
+    def latent(form: str) -> Contender:
+        return Contender(lambda: latent_step(work, form, Random(device, dtype)), work.latent + work.rotary)
+
+    mla = f"MLA {work.latent}+{work.rotary}"
     lineup = {
         BASELINE: tpa(16, 1, 1),
         "TPA (16,2,2)": tpa(16, 2, 2),
         "TPA KV-only, rank 1": tpa(0, 1, 1),
         "TPA (16,1,1), paged": tpa(16, 1, 1, form="paged"),
-        "MHA, SDPA": grouped(h, folded=False),
-        f"GQA-{G}, SDPA": grouped(G, folded=False),
-        f"GQA-{G}, SDPA, groups folded": grouped(G, folded=True),
-        "MQA, SDPA": grouped(1, folded=False),
-        "MQA, SDPA, groups folded": grouped(1, folded=True),
-        f"MLA {work.latent}+{work.rotary}, SDPA, absorbed": Contender(
-            lambda: latent_step(work, Random(device, dtype)), work.latent + work.rotary
-        ),
+        "MHA, SDPA": grouped(h, "heads"),
+        f"GQA-{G}, SDPA": grouped(G, "heads"),
+        f"GQA-{G}, SDPA, groups folded": grouped(G, "folded"),
+        "MQA, SDPA": grouped(1, "heads"),
+        "MQA, SDPA, groups folded": grouped(1, "folded"),
+        f"{mla}, SDPA, absorbed": latent("torch"),
     }
     if work.batch > 1:
         lineup["TPA (16,1,1), ragged"] = tpa(16, 1, 1, form="ragged")
     if device.startswith("cuda"):  # elsewhere the operator computes plainly, on numbers it has widened
         lineup |= {f"TPA (16,1,1), {kind}": tpa(16, 1, 1, form=kind) for kind in QUANTISED}
+        lineup |= {
+            f"GQA-{G}, Triton": grouped(G, "triton"),
+            "MQA, Triton": grouped(1, "triton"),
+            f"{mla}, Triton, absorbed": latent("triton"),
+        }
     return lineup
 
 
@@ -216,21 +231,22 @@ def paged(caches: list[Tensor]) -> tuple[list[Tensor], Tensor]:
 # ------------------------------------------------------------------------------------------------ the others
 
 
-def grouped_step(work: Workload, groups: int, folded: bool, draw: Random) -> Step:
-    """MHA, GQA and MQA by torch's attention.
+def grouped_step(work: Workload, groups: int, form: str, draw: Random) -> Step:
+    """MHA, GQA and MQA by torch's attention or by the Triton kernel of this folder.
 
     Args:
         work: sizes.
         groups: key-value heads.
-        folded: the heads of a group are rows of one query, so that a group is read once; else `enable_gqa`.
+        form: "heads": one query row per head, `enable_gqa`; "folded": the heads of a group are rows of one
+            query, so that a group is read once; "triton".
         draw: source of the numbers.
     """
     B, M, h, D = work.batch, work.tokens, work.heads, work.width
     q, k, v = draw(B, h, 1, D), draw(B, groups, M, D), draw(B, groups, M, D)
     rows = q.view(B, groups, h // groups, D)
 
-    def call() -> Tensor:
-        if folded:
+    def torch_call() -> Tensor:
+        if form == "folded":
             return functional.scaled_dot_product_attention(rows, k, v)
         return functional.scaled_dot_product_attention(q, k, v, enable_gqa=groups < h)
 
@@ -240,23 +256,61 @@ def grouped_step(work: Workload, groups: int, folded: bool, draw: Random) -> Ste
         ]
         return torch.cat(parts)
 
-    return Step(call, truth, 2 * k.numel() * k.itemsize)
+    if form == "triton":
+        import peer_kernels  # needs triton
+
+        decode = partial(peer_kernels.grouped_decode, q[:, :, 0], k, v)
+        ways = {str(tiles): partial(decode, tiles) for tiles in peer_kernels.GROUPED}
+        note, call = fastest(ways, draw.device)
+    else:
+        note, call = torch_attention(torch_call, draw.device)
+    return Step(call, truth, 2 * k.numel() * k.itemsize, note=note)
 
 
-def latent_step(work: Workload, draw: Random) -> Step:
-    """MLA with W^UK absorbed in the query and W^UV left out: one key, whose first part is the value."""
+def torch_attention(call: Call, device: str) -> tuple[str, Call]:
+    """The call by the backend that is the fastest on a GPU, with its name; elsewhere as it is."""
+    if not device.startswith("cuda"):
+        return "", call
+
+    def by(backend: SDPBackend) -> Tensor:
+        with sdpa_kernel(backend):
+            return call()
+
+    fused = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")
+    try:
+        return fastest({name: partial(by, getattr(SDPBackend, name)) for name in fused}, device)
+    except RuntimeError:  # widths that no fused kernel has
+        return "MATH", partial(by, SDPBackend.MATH)
+
+
+def latent_step(work: Workload, form: str, draw: Random) -> Step:
+    """MLA with W^UK absorbed in the query and W^UV left out: one key, whose first part is the value.
+
+    Args:
+        work: sizes.
+        form: "torch" or "triton".
+        draw: source of the numbers.
+    """
     B, M, h, d_c = work.batch, work.tokens, work.heads, work.latent
     q, cache = draw(B, 1, h, d_c + work.rotary), draw(B, 1, M, d_c + work.rotary)
     scale = (work.width + work.rotary) ** -0.5
 
-    def call() -> Tensor:
+    def torch_call() -> Tensor:
         return functional.scaled_dot_product_attention(q, cache, cache[..., :d_c], scale=scale)
 
     def truth() -> Tensor:
         keys = cache[0, 0].double()
         return attention(q[0, 0].double(), keys, keys[:, :d_c], scale)
 
-    return Step(call, truth, cache.numel() * cache.itemsize)
+    if form == "triton":
+        import peer_kernels  # needs triton
+
+        decode = partial(peer_kernels.latent_decode, q[:, 0], cache[:, 0], d_c, scale)
+        ways = {str(tiles): partial(decode, tiles) for tiles in peer_kernels.LATENT}
+        note, call = fastest(ways, draw.device)
+    else:
+        note, call = torch_attention(torch_call, draw.device)
+    return Step(call, truth, cache.numel() * cache.itemsize, note=note)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -1,8 +1,12 @@
-"""What the benchmarks share about a machine: copy bandwidth, CUDA graphs, a flush of its caches, threads."""
+"""What the benchmarks share about a machine: copy bandwidth, CUDA graphs, a flush of its caches, threads.
+
+Also which of several ways to make one call is the fastest on it: peers come with a choice of backends or tile
+sizes, and the best of them is the one to beat.
+"""
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,21 +15,22 @@ import torch
 FLUSH = 2**28  # bytes, several times the second-level cache of a GPU
 
 
-def copy_bandwidth(device: str, size: int = 2**28, repeats: int = 7) -> float:
+def copy_bandwidth(device: str, size: int | None = None, repeats: int = 7) -> float:
     """Bytes per second, read plus written, of copying a block far larger than the caches.
 
     Args:
         device: "cpu" or a CUDA device.
-        size: bytes.
+        size: bytes; by default 2^28 on the CPU, 2^31 on a GPU, where a launch must not count.
         repeats: timed copies, after one that is not.
     """
+    size = size or (2**31 if device.startswith("cuda") else 2**28)
     source, target = (torch.ones(size // 4, device=device) for _ in range(2))
+    if source.is_cuda:
+        return 2 * size / statistics.median(_event_seconds(lambda: target.copy_(source), device, repeats))
     seconds = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
         target.copy_(source)
-        if source.is_cuda:
-            torch.cuda.synchronize(source.device)
         seconds.append(time.perf_counter() - start)
     return 2 * size / statistics.median(seconds[1:])
 
@@ -60,3 +65,58 @@ def flusher(device: str) -> Callable[[], Any] | None:
     if not device.startswith("cuda"):
         return None
     return torch.empty(FLUSH, dtype=torch.uint8, device=device).zero_
+
+
+def fastest(
+    ways: Mapping[str, Callable[[], Any]], device: str, tries: int = 5
+) -> tuple[str, Callable[[], Any]]:
+    """Name and call of the way that took the least median time, on the CPU of the first that runs.
+
+    Args:
+        ways: calls without arguments that compute the same.
+        device: "cpu" or a CUDA device.
+        tries: timed calls of each, after two that are not.
+
+    Raises:
+        RuntimeError: if none runs, with what each said.
+    """
+    medians: dict[str, float] = {}
+    problems: list[str] = []
+    for name, call in ways.items():
+        try:
+            if not device.startswith("cuda"):
+                call()
+                return name, call
+            medians[name] = statistics.median(_event_seconds(call, device, tries))
+        except Exception as problem:  # a backend that cannot is no failure while another can
+            problems.append(f"{name}: {str(problem).splitlines()[0]}")
+    if not medians:
+        raise RuntimeError(f"none of {list(ways)} runs: {problems}")
+    best = min(medians, key=lambda name: medians[name])
+    return best, ways[best]
+
+
+def _event_seconds(call: Callable[[], Any], device: str, tries: int) -> list[float]:
+    for _ in range(2):
+        call()
+    seconds = []
+    for _ in range(tries):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record(torch.cuda.current_stream(device))
+        call()
+        end.record(torch.cuda.current_stream(device))
+        end.synchronize()
+        seconds.append(begin.elapsed_time(end) / 1e3)
+    return seconds
+
+
+def kernels_of(call: Callable[[], Any]) -> int:
+    """Kernels that one call launches on the GPU, as the profiler counts them."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=activities) as profile:
+        call()
+        torch.cuda.synchronize()
+    on_gpu = torch.autograd.DeviceType.CUDA
+    return sum(event.device_type == on_gpu for event in profile.events())

@@ -6,10 +6,18 @@ All are for CUDA and keep caches as (B, M, G, D) or in blocks of 64 tokens:
 - flashinfer `single_decode_with_kv_cache` for one sequence, its paged wrapper for several (planned once,
   outside the timing, and not held in a CUDA graph).
 - FlashMLA `flash_mla_with_kvcache`: MLA with d_c = 512 and d_R = 64, the only widths it has.
+- The authors' FlashTPA: `tpa_decode_parallel_bn_triton`, their split kernels for rank 1 and for any rank,
+  from the folder that the environment variable TPA_AUTHORS names (`decode/` of github.com/tensorgi/TPA, MIT,
+  rank 1 at 3a6e04b, any rank at 55349a6; the former imports `xopes.utils`). They take a tensor per factor.
+  Their errors are their own: partial results are kept in 16 bits, and the merge of the rank-1 file reads LSEs
+  with the stride of a single head.
 
-Sources: the packages' documentation; none of them was installed where this was written.
+Sources: the packages' documentation and code; the first three were not installed where this was written.
 """
 
+import importlib
+import os
+import sys
 from collections.abc import Callable
 
 import torch
@@ -37,6 +45,7 @@ def peer_contenders(
         "flash-attn": lambda: flash_attn(work, device, dtype),
         "flashinfer": lambda: flashinfer(work, device, dtype),
         "FlashMLA": lambda: flash_mla(work, device, dtype),
+        "the authors' FlashTPA": lambda: flash_tpa(work, device, dtype),
     }
     lineup: dict[str, Contender] = {}
     absent: dict[str, str] = {}
@@ -138,6 +147,47 @@ def flash_mla(work: Workload, device: str, dtype: torch.dtype) -> dict[str, Cont
         return Step(call, truth, cache.numel() * cache.itemsize)
 
     return {"FlashMLA 512+64": Contender(build, width)}
+
+
+def flash_tpa(work: Workload, device: str, dtype: torch.dtype) -> dict[str, Contender]:
+    """The authors' kernels with (16,1,1) and (16,2,2)."""
+    folder = os.environ.get("TPA_AUTHORS")
+    if folder is None:
+        raise ImportError("TPA_AUTHORS names no folder")
+    if folder not in sys.path:
+        sys.path.append(folder)
+    one = importlib.import_module("flashtpa_decode_triton").tpa_decode_parallel_bn_triton
+    several = importlib.import_module("flashtpa_decode_triton_multi_kvrank").tpa_decode_parallel_bn_triton
+    B, M, h, D = work.batch, work.tokens, work.heads, work.width
+
+    def build(rank: int) -> Step:
+        draw = Random(device, dtype)
+        aq, bq = draw(B, 1, h, 16), draw(B, 1, 16, D)
+        ak, bk, av, bv = (draw(B, M, width, rank) for width in (h, D, h, D))
+        kernel = several if rank > 1 else one
+        cached = (ak, av, bk, bv) if rank > 1 else tuple(x[..., 0].contiguous() for x in (ak, av, bk, bv))
+
+        def truth() -> Tensor:
+            heads = []
+            for i in range(h):
+                q = aq[0, 0, i].double() @ bq[0, 0].double() / 16
+                k = torch.einsum("mr,mdr->md", ak[0, :, i].double(), bk[0].double()) / rank
+                v = torch.einsum("mr,mdr->md", av[0, :, i].double(), bv[0].double()) / rank
+                heads.append(attention(q[None], k, v, D**-0.5)[0])
+            return torch.stack(heads)
+
+        def call() -> Tensor:
+            ak, av, bk, bv = cached
+            return kernel(aq, ak, av, bq, bk, bv)
+
+        return Step(call, truth, sum(x.numel() for x in cached) * dtype.itemsize)
+
+    return {
+        f"TPA (16,{rank},{rank}), the authors' kernel": Contender(
+            lambda rank=rank: build(rank), 2 * rank * (h + D)
+        )
+        for rank in (1, 2)
+    }
 
 
 def grouped(package: str, work: Workload, build: Callable[[int], Step]) -> dict[str, Contender]:

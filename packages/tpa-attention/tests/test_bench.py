@@ -37,6 +37,7 @@ def modules(monkeypatch):
 
 @pytest.fixture
 def no_peers(monkeypatch):
+    monkeypatch.delenv("TPA_AUTHORS", raising=False)
     for name in ("flash_attn", "flashinfer", "flash_mla"):
         monkeypatch.setitem(sys.modules, name, None)
 
@@ -59,7 +60,7 @@ def test_every_contender_decodes_and_missing_peers_are_named(modules, no_peers):
         "MLA 16+4, SDPA, absorbed",
     }
     assert [row.error for row in got.rows if row.error is not None] == []
-    assert set(got.absent) == {"flash-attn", "flashinfer", "FlashMLA"}
+    assert set(got.absent) == {"flash-attn", "flashinfer", "FlashMLA", "the authors' FlashTPA"}
     assert all(reason.startswith("not installed: ") for reason in got.absent.values())
     for row in got.rows:
         assert float(row.extra["error"]) < ROUNDING
@@ -175,6 +176,17 @@ def attend(q, k, v, scale=None):
     return out.transpose(1, 2)
 
 
+def authors_decode(aq, ak, av, bq, bk, bv):
+    """What the authors' kernels are asked for, by einsums; rank-1 factors come without their last axis."""
+    ak, av, bk, bv = (x if x.dim() == 4 else x[..., None] for x in (ak, av, bk, bv))
+    assert ak.is_contiguous() and aq.shape[:2] == (ak.shape[0], 1) and bq.shape[2] == aq.shape[3] == 16
+    q = torch.einsum("bnhr,bnrd->bhd", aq, bq) / 16
+    k = torch.einsum("bmhs,bmds->bhmd", ak, bk) / ak.shape[-1]
+    v = torch.einsum("bmhs,bmes->bhme", av, bv) / av.shape[-1]
+    weights = (torch.einsum("bhd,bhmd->bhm", q, k) * q.shape[-1] ** -0.5).softmax(-1)
+    return torch.einsum("bhm,bhme->bhe", weights, v)[:, None]
+
+
 class PagedWrapper:
     """What flashinfer's wrapper is asked for, by torch."""
 
@@ -212,14 +224,19 @@ def installed(monkeypatch):
         get_mla_metadata=lambda *_: ("plan", "splits"), flash_mla_with_kvcache=flash_mla_with_kvcache
     )
     monkeypatch.setitem(sys.modules, "flash_mla", flash_mla)
+    monkeypatch.setenv("TPA_AUTHORS", "nowhere")
+    for name in ("flashtpa_decode_triton", "flashtpa_decode_triton_multi_kvrank"):
+        kernel = SimpleNamespace(tpa_decode_parallel_bn_triton=authors_decode)
+        monkeypatch.setitem(sys.modules, name, kernel)
+    monkeypatch.setattr(sys, "path", [*sys.path])
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("name", ["flash_attn", "flashinfer", "flash_mla"])
+@pytest.mark.parametrize("name", ["flash_attn", "flashinfer", "flash_mla", "flash_tpa"])
 def test_adapters_hand_the_peers_what_they_expect(modules, installed, name, batch):
     work = modules.contenders.Workload(128, batch, heads=4, width=8, groups=2, latent=512, rotary=64)
     lineup = getattr(modules.peers, name)(work, "cpu", torch.float32)
-    assert len(lineup) == (1 if name == "flash_mla" else 3)
+    assert len(lineup) == {"flash_mla": 1, "flash_tpa": 2}.get(name, 3)
     for label, contender in lineup.items():
         step = contender.build()
         assert step.error() < ROUNDING, label

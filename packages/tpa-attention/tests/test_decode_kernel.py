@@ -338,7 +338,8 @@ def compile_for_hopper(case, tmp_path, monkeypatch, **switches):
             signature |= dict.fromkeys((name for name in fixed if name not in signature), "constexpr")
             source = ASTSource(self.kernel, {name: signature[name] for name in names}, fixed, aligned)
             target = GPUTarget("cuda", 90, 32)
-            code = triton.compile(source, target=target, options={"num_warps": num_warps, "maxnreg": maxnreg}).asm
+            options = {"num_warps": num_warps, "maxnreg": maxnreg}
+            code = triton.compile(source, target=target, options=options).asm
             compiled.append((code["ptx"], spilled(code["cubin"], tmp_path)))
 
     compiled = []

@@ -138,12 +138,25 @@ def decode_triton(
             BLOCK_R=cut.block_rows, BLOCK_M=cut.block_m, num_warps=cut.num_warps, maxnreg=cut.registers,
         )  # fmt: skip
         if num_splits > 1:
-            _merge_splits[(batch * queries * heads,)](
-                parts, part_lses, out, lse, num_splits, queries * heads,
-                E=v_head_dim, E_PAD=padded(v_head_dim), BLOCK_L=_MERGED_LSES,
-                BLOCK_S=max(16, _MERGED_NUMBERS // padded(v_head_dim)), num_warps=8,
-            )  # fmt: skip
+            merge_parts(parts, part_lses, out, lse)
     return out, lse
+
+
+def merge_parts(parts: Tensor, part_lses: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Algorithm 3: one result from those of several parts of the cache.
+
+    Args:
+        parts: (B, splits, N, H, E) float32; of an empty part anything.
+        part_lses: (B, splits, N, H) float32, base 2; -inf: the part is empty.
+        out: (B, N, H, E), written.
+        lse: (B, N, H) float32, written, natural.
+    """
+    batch, num_splits, queries, heads, width = parts.shape
+    _merge_splits[(batch * queries * heads,)](
+        parts, part_lses, out, lse, num_splits, queries * heads,
+        E=width, E_PAD=padded(width), BLOCK_L=_MERGED_LSES,
+        BLOCK_S=max(16, _MERGED_NUMBERS // padded(width)), num_warps=8,
+    )  # fmt: skip
 
 
 def _compute_dtype(bq: Tensor, bk: Tensor) -> torch.dtype:

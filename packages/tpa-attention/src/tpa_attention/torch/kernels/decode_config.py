@@ -31,7 +31,7 @@ _MAX_ROWS = 128
 UNROLLED_RANKS = 8
 _MAX_COLUMNS = 64  # rows of B_Q in one tile of the factored form
 _TILE_TOKENS = 32
-_TILE_NUMBERS = 64 * 32  # of the output per warp: 64 registers of each thread
+_TILE_NUMBERS = 32 * 32  # of the output per warp: 32 registers of each thread
 _STAGES = 3
 _MAX_PROGRAMS = 8  # per multiprocessor: more splits than these cost more to merge than they hide
 _OVERHEAD_TILES = 4  # what forming the query, storing and merging a part costs, in tiles
@@ -207,7 +207,7 @@ def _rule(shape: Shape) -> Cut:
     width = padded(shape.v_head_dim)
     tokens, numbers, registers = _TILE_TOKENS, _TILE_NUMBERS, 255
     if shape.itemsize == 4:  # without tensor cores, operands of products take registers
-        tokens, numbers = tokens // 2, numbers // 4
+        tokens, numbers = tokens // 2, numbers // 2
     elif max(padded(shape.head_dim), width) <= 64 and shape.k_rank == shape.v_rank == 1:
         registers = _THREAD_REGISTERS
     block_rows = min(_MAX_ROWS, padded_rows(shape))
