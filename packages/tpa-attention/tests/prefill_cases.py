@@ -19,7 +19,7 @@ class Case:
 
     tokens: int = 20
     keys: int = 20
-    heads: int = 3
+    heads: int = 2
     width: int = 8
     v_width: int = 8
     q_rank: int | None = 2

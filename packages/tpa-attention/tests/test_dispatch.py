@@ -67,3 +67,52 @@ def test_auto_takes_the_kernel_where_type_and_gradient_allow(dtype, needs_gradie
     assert dispatch.chosen("auto", None, x) == expected
     with torch.no_grad():
         assert dispatch.chosen("auto", x) == ("blockwise" if dtype == torch.float64 else "triton")
+
+
+# ------------------------------------------------------------------------------------------ whole sequences
+
+
+def whole(dtype=torch.float32, device="cpu", width=8):
+    """Six factors of one sequence."""
+    return tensors_on(device, tensors(draw(0, T=5, M=5, D=width), dtype))
+
+
+def tensors_on(device, factors):
+    return tuple(None if x is None else x.to(device) for x in factors)
+
+
+def test_auto_attends_by_torch_on_the_cpu():
+    assert dispatch.chosen_attention("auto", whole(), None) == "sdpa"
+    for impl in ("reference", "sdpa", "flex"):
+        assert dispatch.chosen_attention(impl, whole(), None) == impl
+
+
+def test_the_type_of_a_call_is_the_widest_of_its_factors_or_that_of_autocast():
+    half, single, double = whole(torch.bfloat16), whole(), whole(torch.float64)
+    assert dispatch.compute_type(half) == torch.bfloat16
+    assert dispatch.compute_type((*half[:3], *single[3:])) == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert dispatch.compute_type((*half[:3], *single[3:])) == torch.bfloat16
+        assert dispatch.compute_type((*half[:3], *double[3:])) == torch.float64
+
+
+def test_what_the_kernel_for_whole_sequences_does_not_take_is_named():
+    assert dispatch.attention_problem(whole(), None) is None
+    mask = torch.ones(5, 5, dtype=torch.bool)
+    assert "takes no attn_mask; use impl='auto' or 'sdpa'" in dispatch.attention_problem(whole(), mask)
+    assert "got torch.float64" in dispatch.attention_problem(whole(torch.float64), None)
+    assert "up to 256 wide, got 258" in dispatch.attention_problem(whole(width=258), None)
+
+
+@pytest.mark.gpu
+def test_auto_attends_by_the_kernel_on_the_gpu_in_16_bits():
+    pytest.importorskip("triton")
+    for dtype, expected in ((torch.bfloat16, "triton"), (torch.float16, "triton"), (torch.float32, "sdpa")):
+        factors = whole(dtype, "cuda")
+        assert dispatch.chosen_attention("auto", factors, None) == expected
+        assert dispatch.chosen_attention("triton", factors, None) == "triton"
+    mask = torch.ones(5, 5, dtype=torch.bool, device="cuda")
+    assert dispatch.chosen_attention("auto", whole(torch.bfloat16, "cuda"), mask) == "sdpa"
+    assert dispatch.chosen_attention("auto", whole(torch.bfloat16, "cuda", 258), None) == "sdpa"
+    with pytest.raises(RuntimeError, match="its kernel for whole sequences takes no attn_mask"):
+        dispatch.chosen_attention("triton", whole(torch.bfloat16, "cuda"), mask)

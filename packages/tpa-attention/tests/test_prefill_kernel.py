@@ -44,8 +44,8 @@ KEYS_SEEN = {
     "packed, all": Case(**ACROSS, causal=False, bounds=((0, 1, 17, 37), (0, 20, 20, 37))),
     "one packed sequence": Case(**ACROSS, bounds=((0, 37), (0, 37))),
 }
-# A half keeps 11 bits, a bfloat16 8; the interpreter cuts off what hardware rounds, products are float32
-HALF_ERROR = {torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
+# A half keeps 11 bits, a bfloat16 8, and O enters gradients; the interpreter cuts off what hardware rounds
+HALF_ERROR = {torch.float16: 2.0**-8, torch.bfloat16: 2.0**-5}
 GPU_CASES = {
     "T6 medium": Case(tokens=300, keys=300, heads=47, width=64, v_width=64, q_rank=6, k_rank=2, v_rank=2),
     "long": Case(tokens=2100, keys=2100, heads=2, width=64, v_width=64, q_rank=6, k_rank=2, v_rank=2),
