@@ -33,16 +33,17 @@ _LENGTHS = ("tokens", "length", "num_splits")
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tokens per tile, warps, pipeline stages, programs per multiprocessor."""
+    """Tokens per tile, warps, pipeline stages, programs per multiprocessor, heads per program (MLA)."""
 
     tokens: int
     warps: int
     stages: int
     programs: int
+    rows: int = 32
 
 
 GROUPED = [Tiles(64, 4, 3, 4), Tiles(128, 4, 3, 2), Tiles(64, 2, 3, 6), Tiles(128, 8, 3, 2)]
-LATENT = [Tiles(32, 4, 3, 2), Tiles(64, 4, 2, 2), Tiles(64, 8, 2, 1), Tiles(32, 8, 3, 1)]
+LATENT = [Tiles(32, 4, 3, 2), Tiles(32, 8, 3, 2), Tiles(64, 8, 2, 1), Tiles(32, 8, 3, 1, 64)]
 
 
 def grouped_decode(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles) -> Tensor:
@@ -78,7 +79,7 @@ def latent_decode(q: Tensor, cache: Tensor, latent: int, scale: float, tiles: Ti
     """
     B, h, width = q.shape
     M = cache.shape[1]
-    rows = min(64, padded(h))
+    rows = min(tiles.rows, padded(h))
     blocks = -(-h // rows)
     splits, length = _splits(q, B * blocks, M, tiles)
     parts, lses = _scratch(q, splits, latent)

@@ -156,8 +156,11 @@ def flash_tpa(work: Workload, device: str, dtype: torch.dtype) -> dict[str, Cont
         raise ImportError("TPA_AUTHORS names no folder")
     if folder not in sys.path:
         sys.path.append(folder)
-    one = importlib.import_module("flashtpa_decode_triton").tpa_decode_parallel_bn_triton
-    several = importlib.import_module("flashtpa_decode_triton_multi_kvrank").tpa_decode_parallel_bn_triton
+    names = ("flashtpa_decode_triton", "flashtpa_decode_triton_multi_kvrank")
+    try:
+        one, several = (importlib.import_module(name).tpa_decode_parallel_bn_triton for name in names)
+    except ValueError as problem:  # a decorator of theirs that this triton refuses
+        raise Unusable(str(problem)) from problem
     B, M, h, D = work.batch, work.tokens, work.heads, work.width
 
     def build(rank: int) -> Step:
