@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tpa_attention.torch.kernels.decode import merge_parts
-from tpa_attention.torch.kernels.decode_config import choose_splits, padded, split_length
+from tpa_attention.torch.kernels.decode_config import choose_splits, padded
 
 _LENGTHS = ("tokens", "length", "num_splits")
 
@@ -95,7 +95,7 @@ def latent_decode(q: Tensor, cache: Tensor, latent: int, scale: float, tiles: Ti
 def _splits(q: Tensor, groups: int, tokens: int, tiles: Tiles) -> tuple[int, int]:
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
     splits = choose_splits(groups, tokens, tiles.tokens, processors * tiles.programs)
-    length = split_length(tokens, splits, tiles.tokens)
+    length = triton.cdiv(triton.cdiv(tokens, tiles.tokens), splits) * tiles.tokens
     return -(-tokens // length), length
 
 

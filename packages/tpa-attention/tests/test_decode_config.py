@@ -19,7 +19,6 @@ from tpa_attention.torch.kernels.decode_config import (
     padded_rows,
     prefers_factored,
     queries_per_program,
-    split_length,
 )
 
 SHAPES = st.builds(
@@ -85,15 +84,14 @@ def test_the_query_is_factored_where_the_paper_counts_fewer_products(heads, head
     span=st.integers(0, 1 << 20),
     block_m=st.sampled_from([16, 64, 128]),
     programs=st.integers(1, 8),
-    ragged=st.booleans(),
 )
-def test_splits_are_whole_tiles_that_cover_what_is_to_be_read(groups, span, block_m, programs, ragged):
-    splits = choose_splits(groups, span, block_m, 132 * programs, ragged)
-    length = split_length(span, splits, block_m)
-    assert length % block_m == 0
-    assert splits * length >= span
-    assert splits == 1 or (splits - 1) * length < span  # none is empty
-    assert splits <= max(1, 6 * 132 * programs // groups)  # six waves at most
+def test_splits_are_whole_tiles_none_of_which_is_missing_or_empty(groups, span, block_m, programs):
+    splits = choose_splits(groups, span, block_m, 132 * programs)
+    tiles = -(-max(1, span) // block_m)
+    share = -(-tiles // splits)
+    assert splits * share >= tiles
+    assert (splits - 1) * share < tiles
+    assert splits <= max(1, 4 * 132 * programs // groups)  # four waves at most
 
 
 def waves_of(groups, splits):
@@ -113,12 +111,6 @@ def test_a_short_cache_is_split_no_finer_than_pays():
     assert choose_splits(4096, 1 << 20, 32, slots=792) == 1
     # with few tiles a part ends sooner the fewer it has, whatever surrounds them
     assert choose_splits(1, 1024, 32, slots=792) == 32
-
-
-def test_ragged_lengths_get_more_parts_to_take_the_place_of_empty_ones():
-    equal, ragged = (choose_splits(8, 1 << 17, 32, slots=792, ragged=r) for r in (False, True))
-    assert waves_of(8, equal) == 1
-    assert waves_of(8, ragged) >= 3
 
 
 def test_partial_results_stay_below_a_fiftieth_of_a_long_cache():

@@ -131,6 +131,20 @@ def count_launches(case):
     return len(launches), launches[1][1] - results if len(launches) > 1 else 0
 
 
+def partial_lses(case):
+    """What the splits left for the merge, (B, splits)."""
+    from tpa_attention.torch.kernels import decode as module
+
+    seen = []
+    merge = module.merge_parts
+    try:
+        module.merge_parts = lambda parts, lses, *rest: seen.append(lses.clone()) or merge(parts, lses, *rest)
+        decode(case, SMALL)
+    finally:
+        module.merge_parts = merge
+    return seen[0].amax((2, 3)).numpy()
+
+
 def decode_pipelined(case):
     """The call with the loop that the compiler pipelines, in place of the portable one."""
     from tpa_attention.torch.kernels import decode as module
@@ -171,6 +185,13 @@ def test_scores_from_factors_equal_those_from_q(triton_interpreter, factored, ro
 def test_any_number_of_splits_merges_to_the_same(triton_interpreter, splits):
     case = Case(heads=2, splits=splits, queries=2, **RAGGED)
     triton_interpreter(compare, [case], FLOAT32_ERROR, SMALL)
+
+
+def test_short_sequences_of_a_long_cache_use_all_their_splits(triton_interpreter):
+    case = Case(tokens=160, lens=(40, 160), splits=5, heads=2)
+    parts = triton_interpreter(partial_lses, case)
+    assert np.isfinite(parts[0, :3]).all() and (parts[0, 3:] == -np.inf).all()  # three tiles of 16
+    assert np.isfinite(parts[1]).all()
 
 
 def test_more_splits_than_the_merge_takes_at_once_agree(triton_interpreter):

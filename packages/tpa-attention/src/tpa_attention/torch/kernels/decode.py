@@ -46,7 +46,6 @@ from .decode_config import (
     padded_heads,
     padded_rows,
     queries_per_program,
-    split_length,
 )
 from .decode_tiles import columns_of_query, take_in
 
@@ -54,7 +53,7 @@ _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: 
 _QUANTISED = (torch.int8, torch.float8_e4m3fn)
 _LN2 = tl.constexpr(math.log(2))
 # numbers that change from call to call: a kernel is not compiled again because one of them is 1 or even
-_LENGTHS = ("capacity", "window", "split_length", "num_splits", "row_blocks", "table_b")
+_LENGTHS = ("capacity", "window", "num_splits", "row_blocks", "table_b")
 _BATCH_STRIDES = ("ak_b", "bk_b", "av_b", "bv_b", "ks_b", "vs_b", "bias_b", "bias_h", "bias_n")
 _MERGED_LSES, _MERGED_NUMBERS = 512, 1 << 14  # at a time, of one row: LSEs, and numbers of partial results
 _COLUMNS = 64  # rows of B_Q at a time while q is formed
@@ -101,9 +100,8 @@ def decode_triton(
     span = capacity if window is None else min(capacity, window + queries - 1)
     if num_splits is None:
         slots = processors * cut.programs
-        num_splits = choose_splits(batch * row_blocks, span, cut.block_m, slots, seq_lens is not None)
-    length = split_length(span, num_splits, cut.block_m)
-    num_splits = max(1, triton.cdiv(span, length))  # whole tiles may need fewer
+        num_splits = choose_splits(batch * row_blocks, span, cut.block_m, slots)
+    num_splits = max(1, min(num_splits, triton.cdiv(span, cut.block_m)))  # of a tile at least
 
     parts, part_lses = out, lse
     if num_splits > 1:
@@ -124,7 +122,7 @@ def decode_triton(
             bias, *(bias.stride() if bias is not None else (0, 0, 0, 0)),
             seq_lens, block_table, block_table.stride(0) if block_table is not None else 0,
             parts, part_lses,
-            scale * math.log2(math.e), out_scale, capacity, window or 0, length, num_splits, row_blocks,
+            scale * math.log2(math.e), out_scale, capacity, window or 0, num_splits, row_blocks,
             N=queries, H=heads, D=head_dim, E=v_head_dim, RQ=shape.q_rank or 0, RK=shape.k_rank,
             RV=shape.v_rank, PAGE=page, WINDOWED=window is not None, FACTORED=cut.factored,
             ONE_PAGE=page == 0 or (page % cut.block_m == 0 and window is None),
@@ -201,7 +199,7 @@ def _decode_split(
     av, av_b, av_t, av_r, av_h, bv, bv_b, bv_t, bv_r, bv_e,
     k_scale, ks_b, ks_t, ks_r, v_scale, vs_b, vs_t, vs_r,
     bias, bias_b, bias_h, bias_n, bias_m, seq_lens, block_table, table_b, parts, part_lses,
-    scale, out_scale, capacity, window, split_length, num_splits, row_blocks,
+    scale, out_scale, capacity, window, num_splits, row_blocks,
     N: tl.constexpr, H: tl.constexpr, D: tl.constexpr, E: tl.constexpr, RQ: tl.constexpr, RK: tl.constexpr,
     RV: tl.constexpr, AK: tl.constexpr, BK: tl.constexpr, AV: tl.constexpr, BV: tl.constexpr,
     PAGE: tl.constexpr, ONE_PAGE: tl.constexpr, WINDOWED: tl.constexpr, FACTORED: tl.constexpr,
@@ -222,10 +220,15 @@ def _decode_split(
     length = capacity
     if seq_lens is not None:
         length = tl.load(seq_lens + b).to(tl.int32)
-    begin = split * split_length
+    begin = 0
     if WINDOWED:  # what every query has left behind is not read
-        begin += tl.maximum(length - N + 1 - window, 0)
-    stop = tl.minimum(begin + split_length, tl.minimum(length, capacity))
+        begin = tl.maximum(length - N + 1 - window, 0)
+    end = tl.minimum(length, capacity)
+    # as many tiles for each split, of what this sequence has: a short one keeps all its programs busy
+    tiles = tl.cdiv(tl.maximum(end - begin, 0), BLOCK_M)
+    share = tl.cdiv(tiles, num_splits) * BLOCK_M
+    begin += split * share
+    stop = tl.minimum(begin + share, end)
 
     row = row_block * BLOCK_R + tl.arange(0, BLOCK_R)
     n = row // HEADS

@@ -3,7 +3,7 @@
 Decoding is bound by memory. What counts is that every multiprocessor always has tens of kilobytes on their
 way and enough warps to hide what happens between two tiles, so programs are small, a warp per 16 rows and
 tiles of 32 tokens, and as many stand side by side as registers and shared memory hold. The splits fill that
-many programs once, or a few times where lengths are ragged. Bytes per token, the floor, are
+many programs once; lengths divide among them on the device. Bytes per token, the floor, are
 
     (R_K (D + h) + R_V (E + h)) itemsize.
 
@@ -35,7 +35,6 @@ _TILE_NUMBERS = 32 * 32  # of the output per warp: 32 registers of each thread
 _STAGES = 3
 _MAX_PROGRAMS = 8  # per multiprocessor: more splits than these cost more to merge than they hide
 _OVERHEAD_TILES = 4  # what forming the query, storing and merging a part costs, in tiles
-_RAGGED_WAVES = 3  # so that others take the place of programs whose sequence is over
 
 
 @dataclass(frozen=True)
@@ -172,7 +171,7 @@ def queries_per_program(heads: int, block_rows: int, queries: int) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def choose_splits(groups: int, span: int, block_m: int, slots: int, ragged: bool = False) -> int:
+def choose_splits(groups: int, span: int, block_m: int, slots: int) -> int:
     """Parts in which the cache is read in parallel.
 
     Programs run in waves of `slots`, and a wave takes as long as the tiles of one part and what surrounds
@@ -183,24 +182,16 @@ def choose_splits(groups: int, span: int, block_m: int, slots: int, ragged: bool
         span: tokens that the longest sequence can have to read: capacity, or less with a window.
         block_m: tokens per tile.
         slots: programs that run at the same time on the device.
-        ragged: whether sequences may be shorter than that: parts are smaller then, and end at other times.
     """
     tiles = -(-max(1, span) // block_m)
 
     def cost(splits: int) -> int:
         return -(-groups * splits // slots) * (-(-tiles // splits) + _OVERHEAD_TILES)
 
-    first = _RAGGED_WAVES if ragged else 1
-    options = {1} | {min(tiles, max(1, waves * slots // groups)) for waves in range(first, first + 4)}
+    options = {1} | {min(tiles, max(1, waves * slots // groups)) for waves in range(1, 5)}
     # a part of whole tiles may be as long with fewer parts
     options = {-(-tiles // -(-tiles // splits)) for splits in options}
     return min(sorted(options), key=cost)
-
-
-def split_length(span: int, num_splits: int, block_m: int) -> int:
-    """Tokens per split, whole tiles; the same for all sequences, so work follows the sum of their lengths."""
-    tiles = -(-max(1, span) // block_m)
-    return -(-tiles // num_splits) * block_m
 
 
 def _rule(shape: Shape) -> Cut:
