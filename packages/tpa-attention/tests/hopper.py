@@ -52,7 +52,7 @@ class _Launcher:
     def __getitem__(self, grid):
         return self.compile
 
-    def compile(self, *args, num_warps, **constants):
+    def compile(self, *args, num_warps, maxnreg=None, **constants):
         import triton
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
@@ -73,8 +73,9 @@ class _Launcher:
                     aligned[(place,)] = [["tt.divisibility", 16]]
         signature |= dict.fromkeys((name for name in fixed if name not in signature), "constexpr")
         signature = {name: signature[name] for name in self.kernel.arg_names}
+        options = {"num_warps": num_warps, "maxnreg": maxnreg}
         source = ASTSource(self.kernel, signature, fixed, aligned)
-        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
+        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         file = self.tmp_path / "kernel.cubin"
         file.write_bytes(made.asm["cubin"])
         usage = _cuobjdump("--dump-resource-usage", file)

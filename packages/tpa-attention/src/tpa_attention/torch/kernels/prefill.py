@@ -104,7 +104,7 @@ def prefill_triton(
             H=H, D=D, E=E, RQ=rank(aq), RK=rank(ak, plan.expand_kv), RV=rank(av, plan.expand_kv),
             CAUSAL=causal, WINDOWED=window is not None, COMPUTE=compute_type(bq), D_PAD=padded(D),
             E_PAD=padded(E), BLOCK_T=tile.queries, BLOCK_M=tile.keys, PIPELINED=not INTERPRETED,
-            STAGES=tile.num_stages, num_warps=tile.num_warps,
+            STAGES=tile.num_stages, **tile.launch,
         )  # fmt: skip
     return out, lse.transpose(1, 2)
 

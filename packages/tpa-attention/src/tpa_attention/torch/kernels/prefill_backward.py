@@ -100,10 +100,9 @@ def prefill_backward_triton(
             *addressed(aq, bq), *streamed(ak, bk, plan.expand_kv), *streamed(av, bv, plan.expand_kv),
             *dout_at, *out_at, lse, dlse, delta, daq, shares,
             *((None, None) if intervals is None else (intervals.key_from, intervals.key_to)), *scales,
-            groups, heads, B,
+            groups, heads, B, 0,
             RQ=rank(aq), RK=rank(ak, plan.expand_kv), RV=rank(av, plan.expand_kv),
-            BLOCK_T=tile.queries, BLOCK_M=tile.keys, STAGES=tile.num_stages, num_warps=tile.num_warps,
-            **sizes,
+            BLOCK_T=tile.queries, BLOCK_M=tile.keys, STAGES=tile.num_stages, **tile.launch, **sizes,
         )  # fmt: skip
         if aq is not None:
             dbq.copy_(shares.sum(0))
@@ -117,10 +116,9 @@ def prefill_backward_triton(
             *streamed(aq, bq, plan.expand_q), *addressed(ak, bk), *addressed(av, bv),
             *dout_at, lse, delta, dak, k_shares, dav, v_shares,
             *((None, None) if intervals is None else (intervals.query_from, intervals.query_to)), *scales,
-            groups, heads, B,
+            groups, heads, B, 0,
             RQ=rank(aq, plan.expand_q), RK=rank(ak), RV=rank(av),
-            BLOCK_T=tile.queries, BLOCK_M=tile.keys, STAGES=tile.num_stages, num_warps=tile.num_warps,
-            **sizes,
+            BLOCK_T=tile.queries, BLOCK_M=tile.keys, STAGES=tile.num_stages, **tile.launch, **sizes,
         )  # fmt: skip
         for db, shares in ((dbk, k_shares), (dbv, v_shares)):
             db.copy_(shares.sum(0))
@@ -234,13 +232,13 @@ def _add_all_keys(
     return acc
 
 
-@triton.jit(do_not_specialize=[*LENGTHS, "groups", "heads", "batches"])
+@triton.jit(do_not_specialize=[*LENGTHS, "groups", "heads", "batches", "zero"])
 def _grad_queries(
     aq, aq_b, aq_t, aq_r, aq_h, bq, bq_b, bq_t, bq_r,
     ak, ak_b, ak_t, ak_r, ak_h, bk, bk_b, bk_t, bk_r,
     av, av_b, av_t, av_r, av_h, bv, bv_b, bv_t, bv_r,
     dout, dout_b, dout_t, dout_h, out, out_b, out_t, out_h, lse, dlse, delta, daq, shares,
-    key_from, key_to, scale, out_scale, T, M, window, groups, heads, batches,
+    key_from, key_to, scale, out_scale, T, M, window, groups, heads, batches, zero,
     H: tl.constexpr, D: tl.constexpr, E: tl.constexpr, RQ: tl.constexpr, RK: tl.constexpr, RV: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, COMPUTE: tl.constexpr, D_PAD: tl.constexpr,
     E_PAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, PIPELINED: tl.constexpr,
@@ -300,6 +298,8 @@ def _grad_queries(
             D, E, RK, RV, True, COMPUTE, D_PAD, E_PAD, BLOCK_M, PIPELINED, STAGES,
         )  # fmt: skip
         acc = acc * scale
+        # addresses that are the same for all heads would be kept through the loop, whose tiles need the room
+        t = t + h * zero
         if RQ == 0:
             at = ((batch * T + place) * H + h) * D + t[:, None] * (H * D) + d[None, :]
             tl.store(shares + at, acc.to(shares.dtype.element_ty), mask=own[:, None] & (d < D)[None, :])
@@ -371,13 +371,13 @@ def _add_all_queries(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=[*LENGTHS, "groups", "heads", "batches"])
+@triton.jit(do_not_specialize=[*LENGTHS, "groups", "heads", "batches", "zero"])
 def _grad_keys(
     aq, aq_b, aq_t, aq_r, aq_h, bq, bq_b, bq_t, bq_r,
     ak, ak_b, ak_t, ak_r, ak_h, bk, bk_b, bk_t, bk_r,
     av, av_b, av_t, av_r, av_h, bv, bv_b, bv_t, bv_r,
     dout, dout_b, dout_t, dout_h, lse, delta, dak, k_shares, dav, v_shares,
-    query_from, query_to, scale, out_scale, T, M, window, groups, heads, batches,
+    query_from, query_to, scale, out_scale, T, M, window, groups, heads, batches, zero,
     H: tl.constexpr, D: tl.constexpr, E: tl.constexpr, RQ: tl.constexpr, RK: tl.constexpr, RV: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, COMPUTE: tl.constexpr, D_PAD: tl.constexpr,
     E_PAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, PIPELINED: tl.constexpr,
@@ -429,6 +429,7 @@ def _grad_keys(
             aq_0, aq_t, aq_r, bq_0, bq_t, bq_r, dout_0, dout_t, lse + row, delta + row,
             D, E, RQ, False, COMPUTE, D_PAD, E_PAD, BLOCK_T, PIPELINED, STAGES,
         )  # fmt: skip
+        n = n + h * zero  # as in `_grad_queries`
         token = batch * M + place
         parts = (group * batches + batch) * M + place
         _to_factors(

@@ -37,12 +37,20 @@ class Tile:
         keys: per tile, a power of two >= 16.
         num_warps: warps per program.
         num_stages: tiles on their way at once; 1: the loop is not pipelined.
+        registers: per thread at most, so that more programs run side by side; None: what the compiler likes.
     """
 
     queries: int
     keys: int
     num_warps: int
     num_stages: int
+    registers: int | None = None
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """Options of the launch."""
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.num_warps, **limit}
 
 
 @dataclass(frozen=True)
@@ -115,7 +123,7 @@ def _tiles(itemsize: int, width: int) -> tuple[Tile, Tile, Tile]:
             return Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)
         return Tile(32, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)
     if width <= 64:
-        return Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)
+        return Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)
     if width <= 128:
         return Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 128, 8, 2)
     return Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 64, 8, 1)
