@@ -20,13 +20,16 @@ def copy_bandwidth(device: str, size: int | None = None, repeats: int = 7) -> fl
 
     Args:
         device: "cpu" or a CUDA device.
-        size: bytes; by default 2^28 on the CPU, 2^31 on a GPU, where a launch must not count.
+        size: bytes; by default 2^28 on the CPU, 2^30 on a GPU, where a launch must not count.
         repeats: timed copies, after one that is not.
     """
-    size = size or (2**31 if device.startswith("cuda") else 2**28)
+    size = size or (2**30 if device.startswith("cuda") else 2**28)
     source, target = (torch.ones(size // 4, device=device) for _ in range(2))
     if source.is_cuda:
-        return 2 * size / statistics.median(_event_seconds(lambda: target.copy_(source), device, repeats))
+        seconds = _event_seconds(lambda: target.copy_(source), device, repeats)
+        del source, target
+        torch.cuda.empty_cache()
+        return 2 * size / statistics.median(seconds)
     seconds = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -89,11 +92,16 @@ def fastest(
                 return name, call
             medians[name] = statistics.median(_event_seconds(call, device, tries))
         except Exception as problem:  # a backend that cannot is no failure while another can
-            problems.append(f"{name}: {str(problem).splitlines()[0]}")
+            problems.append(f"{name}: {reason(problem)}")
     if not medians:
         raise RuntimeError(f"none of {list(ways)} runs: {problems}")
     best = min(medians, key=lambda name: medians[name])
     return best, ways[best]
+
+
+def reason(problem: BaseException) -> str:
+    """Kind and first line of what was raised."""
+    return f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0][:100]}"
 
 
 def _event_seconds(call: Callable[[], Any], device: str, tries: int) -> list[float]:

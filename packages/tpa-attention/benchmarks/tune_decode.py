@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from memory import captured, copy_bandwidth, flusher
+from memory import captured, copy_bandwidth, flusher, reason
 from torch import Tensor
 
 from tenfold_tools._comparison import write_text
@@ -31,6 +31,7 @@ from tpa_attention.torch.kernels import decode_config
 from tpa_attention.torch.kernels.decode_config import Cut, Shape, choose_cut, padded_rows
 
 Call = Callable[..., tuple[Tensor, Tensor]]
+UNFIT = ("OutOfResources", "CompilationError", "PTXASError")
 QUANTISED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 LARGEST_ERROR = 2e-2  # relative, of outputs whose q, weights and results are rounded to 2^-8
 
@@ -165,8 +166,9 @@ def compile_all(jobs: list[tuple[Target, Cut]], device: str, workers: int, secon
     futures = {pool.submit(compiled, *job, device): job for job in jobs}
     try:
         for future in as_completed(futures, timeout=max(0.0, until - time.monotonic())):
-            if (error := future.exception()) is not None:
-                failed[futures[future]] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+            error = future.exception()
+            if type(error).__name__ in UNFIT:  # of others the timing will say what they are
+                failed[futures[future]] = reason(error)
     except TimeoutError:
         failed |= {job: "not compiled in time" for future, job in futures.items() if not future.done()}
     pool.shutdown(wait=True, cancel_futures=True)
@@ -201,7 +203,7 @@ def measured(
 
             ready[cut] = captured(again) if device.startswith("cuda") else again
         except Exception as problem:  # whatever a compiler says of a cut, others may run
-            failed[cut] = f"{type(problem).__name__}: {str(problem).splitlines()[0][:100]}"
+            failed[cut] = reason(problem)
     flush = flusher(device)
     seconds: dict[Cut, list[float]] = {cut: [] for cut in ready}
     for _ in range(rounds):
