@@ -331,15 +331,15 @@ def _add_queries(
     lse_row = tl.load(lse + place + t, mask=inside, other=float("inf"))
     lse_row = tl.where(lse_row == float("-inf"), float("inf"), lse_row * _LOG2E)  # no keys: P is 0
     d_row = tl.load(delta + place + t, mask=inside, other=0.0)
-    logits = tl.dot(k, tl.trans(q), input_precision="ieee")
-    p = tl.exp2(logits * (scale * _LOG2E) - lse_row[None, :])
+    logits = tl.dot(q, tl.trans(k), input_precision="ieee")
+    p = tl.exp2(logits * (scale * _LOG2E) - lse_row[:, None])
     if MASKED:
-        query = (first + t)[None, :]
-        p = tl.where((query >= start[:, None]) & (query < stop[:, None]), p, 0.0)
-    dv = tl.dot(p.to(COMPUTE), grad, acc=dv, input_precision="ieee")
-    dp = tl.dot(v, tl.trans(grad), input_precision="ieee")
-    ds = p * (dp * out_scale - d_row[None, :])
-    dk = tl.dot(ds.to(COMPUTE), q, acc=dk, input_precision="ieee")
+        query = (first + t)[:, None]
+        p = tl.where((query >= start[None, :]) & (query < stop[None, :]), p, 0.0)
+    dv = tl.dot(tl.trans(p.to(COMPUTE)), grad, acc=dv, input_precision="ieee")
+    dp = tl.dot(grad, tl.trans(v), input_precision="ieee")
+    ds = p * (dp * out_scale - d_row[:, None])
+    dk = tl.dot(tl.trans(ds.to(COMPUTE)), q, acc=dk, input_precision="ieee")
     return dk, dv
 
 
