@@ -221,7 +221,7 @@ def flash_decoding_is_exact(run: Run) -> Measurement:
                 errors.setdefault(f"{way}, {str(dtype).removeprefix('torch.')}", []).append(error)
     worst = {name: Number(f"largest error, {name}", max(values)) for name, values in errors.items()}
 
-    lengths = (16384, 32768)
+    lengths = (32768, 65536)  # at least two blocks each, of which two are alive at a time
     shapes = [(heads, width) for heads in (8, 32) for width in (32, 128)]
     jobs = [(heads, width, tokens) for heads, width in shapes for tokens in lengths]
     scratch = {job: decoding.scratch(*job, run.device) for job in run.track(jobs, "scratch")}

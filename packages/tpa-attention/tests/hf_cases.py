@@ -59,5 +59,5 @@ def prompt(batch=2, length=7, seed=1):
     return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def greedy(model, ids, new=6, **options):
+def greedy(model, ids, new=4, **options):
     return model.generate(ids, **{"max_new_tokens": new, "do_sample": False, **options})

@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import jaxtyping
 import pytest
 
 torch = pytest.importorskip("torch", reason="the experiments build torch models")
@@ -12,9 +13,18 @@ harness = pytest.importorskip("tenfold_tools.claims", reason="the experiments ru
 from tenfold_tools.figures import render  # noqa: E402
 from tenfold_tools.stats import Estimate  # noqa: E402
 from tpa_attention import accounting  # noqa: E402
+from tpa_attention.torch.blockwise import SCRATCH  # noqa: E402
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 Verdict = harness.Verdict
+
+
+@pytest.fixture(autouse=True, scope="module")
+def unchecked():
+    """Without the runtime check of annotations, a third of the time here: tests of the layers have it on."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="module")
@@ -110,9 +120,9 @@ def test_random_calls_cover_the_ranges_of_the_claim(module):
 
 
 def test_scratch_does_not_grow_with_the_cache(module):
-    # blocks hold 2^16 / h tokens, so that both lengths fill at least one
-    sizes = [module.decoding.scratch(32, 16, tokens, "cpu") for tokens in (2048, 8192)]
-    assert sizes[0] == sizes[1] < 8192 * 32 * 16 * 4 / 10
+    block = SCRATCH // 32  # tokens taken at a time with 32 heads; two blocks are alive at a time
+    sizes = [module.decoding.scratch(32, 16, tokens, "cpu") for tokens in (2 * block, 6 * block)]
+    assert sizes[0] == sizes[1] < 6 * block * 32 * 16 * 4 / 10
 
 
 def test_the_memory_of_a_call_counts_what_is_alive_at_once(module):
@@ -291,7 +301,8 @@ def test_speed_is_judged_at_32k_against_mha_and_gqa(module, claims, monkeypatch,
     with pytest.raises(harness.NotRun, match="judged at 32k") as caught:
         run(claims["C7"])
     assert not caught.value.measurement.criteria
-    assert all("<svg" in render(figure)["light"] for figure in caught.value.measurement.figures)
+    if verdict is Verdict.PASS:
+        assert all("<svg" in render(figure)["light"] for figure in caught.value.measurement.figures)
 
 
 def test_all_ways_to_decode_are_timed_and_give_heads_of_the_same_shape(module):

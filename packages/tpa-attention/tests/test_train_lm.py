@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -24,6 +25,14 @@ PATIENCE = 240  # of a call on a busy machine; the work takes seconds
 VOCABULARY = 16
 STEPS = 6
 MECHANISMS = [name for name in PRESET_MECHANISMS if name not in ("mla_matched", "mla_paper")]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def unchecked():
+    """Without the runtime check of annotations, a third of the time here: tests of the layers have it on."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture
