@@ -268,3 +268,32 @@ def test_what_does_not_fit_a_cache_is_named():
     fill(full, 12)
     with pytest.raises(ValueError, match="num_blocks must be >= the 6 blocks in use, got 3"):
         pages(num_blocks=3).load_state_dict(full.state_dict())
+
+
+@pytest.mark.parametrize("max_len", [None, 16])
+def test_a_cache_used_in_inference_mode_goes_on_outside_of_it(max_len):
+    layer = TPAttention(16, 3, 4, q_rank=2, kv_shift=True, zero_init_output=False, dtype=torch.float64)
+    x = normal(2, 9, 16)
+    with torch.inference_mode():
+        cache = PagedFactorCache(layer, 8, 4, batch=2, max_len=max_len, dtype=torch.float64)
+        rows = [layer(chunk, cache=cache).clone() for chunk in x[:, :6].split([4, 1, 1], dim=1)]
+        cache.reorder([1, 0])
+    with torch.no_grad():
+        rows.append(layer(x[[1, 0], 6:], cache=cache)[[1, 0]])
+        torch.testing.assert_close(torch.cat(rows, dim=1), layer(x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_state_longer_than_a_cache_of_fixed_shape_is_refused():
+    cache = pages()
+    fill(cache, 6)
+    small = PagedFactorCache(LAYOUT, 8, 4, batch=2, max_len=5, dtype=torch.float64)
+    with pytest.raises(ValueError, match="batch and max_len must be >= the 2 sequences of 6 tokens, got 2"):
+        small.load_state_dict(cache.state_dict())
+    assert small.past_length(0).tolist() == [0, 0]
+    large = PagedFactorCache(LAYOUT, 8, 4, batch=2, max_len=8, dtype=torch.float64)
+    large.load_state_dict(cache.state_dict())
+    assert same(contents(large, 1), contents(cache, 1))
+    assert large.block_table.shape == (2, 2)
+    with pytest.raises(ValueError, match="capacity 8 holds 6 tokens of layer 1: no room for 3 more"):
+        large.write(1, normal(2, 3, 5), normal(2, 3, 3))
+    assert large.past_length(1).tolist() == [6, 6]
