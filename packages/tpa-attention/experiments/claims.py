@@ -6,9 +6,10 @@ C7      Speed: a decode step against the length of the cache.
 C9, C10 Use: generation with a cache, conversion of existing layers.
 
 The neighbours hold the runs: `rotation.py`, `special_cases.py`, `integers.py`, `decoding.py`, `language.py`,
-`decode_speed.py`, `generation.py`, `conversion.py`; `training_report.py` and `speed_report.py` put together
-what C6 and C7 report, and `charts.py` draws. C6's mechanisms, ranks and
-initial values were fixed before any run; its learning rates are chosen on a seed that decides nothing.
+`decode_speed.py`, `generation.py`, `conversion.py`; `side_by_side.py` spreads the runs of C6 and C8 over a
+GPU, `training_report.py` and `speed_report.py` put together what C6 and C7 report, and `charts.py` draws.
+C6's mechanisms, ranks and initial values were fixed before any run; its learning rates are chosen on a seed
+that decides nothing.
 """
 
 from dataclasses import asdict

@@ -248,6 +248,8 @@ def test_the_whole_design_tunes_every_arm_on_the_tuning_seed_and_reports_every_r
     judging = [c for c in measurement.configurations if c["purpose"] == "judging"]
     assert {(c["seed"], c["lr"]) for c in tuning} == {(99, 1.5e-3), (99, 3e-3), (99, 6e-3)}
     assert {c["lr"] for c in judging} == {1.5e-3}
+    numbers = {number.name: number for number in measurement.numbers}
+    assert numbers["TPA (4,1,1), h 8, init t6 minus MHA, h 4"].value == pytest.approx(0.0)
     assert len(tuning) == 7 * 3 and len(judging) == 7 * 5
     assert all("<svg" in render(figure)["light"] for figure in measurement.figures)
 
