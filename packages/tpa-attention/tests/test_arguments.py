@@ -5,6 +5,7 @@ import pytest
 import torch
 from attention_cases import draw, records, tensors
 
+from tpa_attention.torch import dispatch
 from tpa_attention.torch.functional import merge_partials, tpa_attention, tpa_decode, tpa_decode_factors
 
 B, T, M, H, D, E = 2, 4, 7, 3, 8, 6
@@ -198,13 +199,13 @@ def test_parts_that_do_not_fit_are_not_merged():
 @pytest.mark.parametrize("call", CALLS)
 def test_triton_without_cuda_says_what_to_do(call, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
+    monkeypatch.setattr(dispatch, "HAS_TRITON", True)
     with refuses(RuntimeError, r"impl='triton' cannot run: it needs CUDA tensors, got cpu; use impl='auto'"):
         CALLS[call](*factors(), impl="triton")
 
 
 @pytest.mark.parametrize("call", CALLS)
 def test_triton_that_is_not_installed_says_what_to_install(call, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr(dispatch, "HAS_TRITON", False)
     with refuses(RuntimeError, r'triton is not installed: pip install "tpa-attention\[triton\]"'):
         CALLS[call](*factors(), impl="triton")

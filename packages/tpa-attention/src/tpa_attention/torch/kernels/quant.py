@@ -57,8 +57,9 @@ def _quantize_rows(
     values = values.to(tl.float32)
     absolute = tl.max(tl.abs(values), 1)
     # the maximum of a row drops NaN; its sum does not
-    scale = tl.where(absolute == 0, 1.0, absolute / largest) + tl.sum(values * 0, 1)
-    scaled = values / scale[:, None]
+    # divided as torch does: on a GPU "/" is off in the last place
+    scale = tl.where(absolute == 0, 1.0, tl.div_rn(absolute, largest + absolute * 0)) + tl.sum(values * 0, 1)
+    scaled = tl.div_rn(values, scale[:, None] + values * 0)
     scaled = tl.minimum(tl.maximum(scaled, -largest), largest)
     if ROUND:  # to even, as torch does: 1.5 * 2^23 pushes the fraction out of a float32
         scaled = (scaled + 12582912.0) - 12582912.0
