@@ -20,14 +20,14 @@ class Compiled:
         registers: per thread.
         stack: bytes per thread.
         shared: bytes per program.
-        spills_in_loops: accesses to the stack inside of loops that multiply matrices.
+        spills_in_loops: accesses to the stack inside of loops that multiply matrices, per instruction there.
     """
 
     ptx: str
     registers: int
     stack: int
     shared: int
-    spills_in_loops: int
+    spills_in_loops: float
 
 
 def compile_for_hopper(call, monkeypatch, tmp_path):
@@ -106,10 +106,11 @@ def _spills_in_loops(sass):
         for address, text in code
         if (target := re.search(r"\bBRA\b.*0x([0-9a-f]+)", text)) and int(target[1], 16) < address
     ]
-    total = 0
+    total = spills = 0
     for first, last in jumps:
         holds_another = any(first <= a and b <= last and (a, b) != (first, last) for a, b in jumps)
         body = [text for address, text in code if first <= address <= last]
         if not holds_another and any("MMA" in text for text in body):
-            total += sum("LDL" in text or "STL" in text for text in body)
-    return total
+            total += len(body)
+            spills += sum("LDL" in text or "STL" in text for text in body)
+    return spills / max(total, 1)

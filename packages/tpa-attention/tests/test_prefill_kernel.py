@@ -292,9 +292,9 @@ def test_kernels_compile_for_cuda_use_tensor_cores_and_spill_no_tile(name, expan
             assert made.stack == 0
             continue
         assert ("wgmma.mma_async" in made.ptx) == (case.dtype != torch.float32)
-        assert made.shared <= 113 << 10  # two programs on a multiprocessor
-        # numbers that are the same for all tiles may be kept in memory, no tile that a loop works on
-        assert made.spills_in_loops <= (0 if kernel == "_attend" else 80), kernel
+        assert made.shared <= (113 if case.width <= 64 else 227) << 10  # two programs, or one, side by side
+        # a few addresses and masks may be read back; a tile would be a fifth of a loop and more
+        assert made.spills_in_loops <= (0 if kernel == "_attend" else 0.125), kernel
 
 
 @pytest.mark.gpu

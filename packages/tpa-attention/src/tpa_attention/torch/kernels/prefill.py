@@ -169,6 +169,14 @@ def expanded(a: Tensor, b: Tensor) -> Tensor:
 
 
 @triton.jit
+def _product(a, a_r, b, b_r, r, inside, seen):
+    """Rows of one rank."""
+    r = tl.cast(r, tl.int64)
+    weight = tl.load(a + r * a_r, mask=inside, other=0.0).to(tl.float32)
+    return weight[:, None] * tl.load(b + r * b_r, mask=seen, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def tile_of(
     a, a_t, a_r, b, b_t, b_r, t, inside, d,
     RANK: tl.constexpr, WIDTH: tl.constexpr, PAD: tl.constexpr, COMPUTE: tl.constexpr,
@@ -187,12 +195,10 @@ def tile_of(
         total = tl.zeros((t.shape[0], PAD), dtype=tl.float32)
         if RANK <= _UNROLLED:
             for r in tl.static_range(RANK):
-                weight = tl.load(a + t * a_t + r * a_r, mask=inside, other=0.0).to(tl.float32)
-                total += weight[:, None] * tl.load(at + r * b_r, mask=seen, other=0.0).to(tl.float32)
+                total += _product(a + t * a_t, a_r, at, b_r, r, inside, seen)
         else:
             for r in range(RANK):
-                weight = tl.load(a + t * a_t + r * a_r, mask=inside, other=0.0).to(tl.float32)
-                total += weight[:, None] * tl.load(at + r * b_r, mask=seen, other=0.0).to(tl.float32)
+                total += _product(a + t * a_t, a_r, at, b_r, r, inside, seen)
         rows = total.to(COMPUTE)
     return rows
 

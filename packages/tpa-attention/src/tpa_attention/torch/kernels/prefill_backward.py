@@ -152,8 +152,9 @@ def _to_factors(
     if WIDTH != PAD:
         seen = seen & (d < WIDTH)[None, :]
     for r in range(RANK):
-        rows = tl.load(b + t[:, None] * b_t + r * b_r + d[None, :], mask=seen, other=0.0).to(tl.float32)
-        weight = tl.load(a + t * a_t + r * a_r, mask=inside, other=0.0).to(tl.float32)
+        far = tl.cast(r, tl.int64)
+        rows = tl.load(b + far * b_r + t[:, None] * b_t + d[None, :], mask=seen, other=0.0).to(tl.float32)
+        weight = tl.load(a + far * a_r + t * a_t, mask=inside, other=0.0).to(tl.float32)
         tl.store(da + (t * RANK + r) * H, tl.sum(grad * rows, 1).to(da.dtype.element_ty), mask=inside)
         at = shares + (t * RANK + r)[:, None] * WIDTH + d[None, :]
         before = tl.load(at, mask=seen & added[:, None], other=0.0)
