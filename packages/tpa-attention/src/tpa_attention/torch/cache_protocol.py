@@ -69,6 +69,10 @@ class DecodesInPlace(LayerCache, Protocol):
         """M, the keys that masks speak of, once `new` more tokens are written."""
         ...
 
+    def valid(self, layer: int) -> Int[Tensor, " B"] | None:
+        """How many records of each row are valid, None if all are; good until the next call."""
+        ...
+
     def write(
         self,
         layer: int,
@@ -139,10 +143,9 @@ def store(
         all_k, all_v, seq_lens = cache.append(layer, k, v, positions)
         return Stored(all_k.shape[1], seq_lens, all_k.dtype, lambda a, b: (all_k[:, a:b], all_v[:, a:b]))
     in_place.write(layer, k, v, positions)
-    length = in_place.past_length(layer)
     return Stored(
         in_place.extent(layer),
-        None if isinstance(length, int) else length,
+        in_place.valid(layer),
         in_place.dtype,
         lambda a, b: in_place.read(layer, a, b),
     )

@@ -45,14 +45,19 @@ class PagedFactorCache(PagedSequences):
 
     def past_length(self, layer: int) -> int | Int[Tensor, " B"]:
         """Tokens stored so far: an int where all sequences are equally long, but for fixed shapes."""
-        self._check_layer(layer)
-        lengths = set() if self.max_len is not None else set(self._host.of_layer(layer))
-        return lengths.pop() if len(lengths) == 1 else self.seq_lens(layer)
+        unequal = self.valid(layer)
+        return self._host.of_layer(layer)[0] if unequal is None else unequal.clone()
 
     def extent(self, layer: int, new: int = 0) -> int:
         """M, the keys that masks speak of: those of the longest sequence, or `max_len` for fixed shapes."""
         self._check_layer(layer)
         return max(self._host.of_layer(layer), default=0) + new if self.max_len is None else self.max_len
+
+    def valid(self, layer: int) -> Int[Tensor, " B"] | None:
+        """Tokens of each sequence, the cache's own memory; None where all sequences are equally long."""
+        self._check_layer(layer)
+        equal = self.max_len is None and len(set(self._host.of_layer(layer))) == 1
+        return None if equal else self._counted(layer)
 
     def key_positions(self, layer: int) -> Int[Tensor, "B M"] | None:
         """Positions of the stored tokens; None unless the layout keeps them."""
@@ -85,8 +90,7 @@ class PagedFactorCache(PagedSequences):
         None for the lengths means that all sequences are equally long. `decode` gathers nothing.
         """
         self.write(layer, k, v, positions)
-        lengths = None if isinstance(self.past_length(layer), int) else self.seq_lens(layer)
-        return *self.read(layer, 0, self.extent(layer)), lengths
+        return *self.read(layer, 0, self.extent(layer)), self.valid(layer)
 
     @torch.no_grad()
     def write(

@@ -144,6 +144,11 @@ class QuantizedFactorCache(FactorCache):
         self._check_layer(layer)
         return self.max_len if self.fixed_shape else self._used[layer] + new
 
+    def valid(self, layer: int) -> Int[Tensor, " B"] | None:
+        """Tokens of each sequence, the cache's own memory; None where all sequences are equally long."""
+        self._check_layer(layer)
+        return self._lengths[layer] if self.fixed_shape or self._ragged[layer] else None
+
     def read(self, layer: int, first: int, last: int) -> tuple[Tensor, Tensor]:
         """Records of K and V of the tokens in [first, last), in `dtype`."""
         self._check_layer(layer)
@@ -218,7 +223,7 @@ class QuantizedFactorCache(FactorCache):
         return blockwise.decode_loaded(
             *(aq, bq, lambda first, last: self._factors(layer, first, last)),
             (used, k_record.rank, v_record.rank, heads, v_record.width),
-            seq_lens=self._lengths[layer] if self.fixed_shape or self._ragged[layer] else None,
+            seq_lens=self.valid(layer),
             attn_bias=attn_bias,
             window=window,
             scale=scale,
