@@ -98,11 +98,15 @@ class DecodesInPlace(LayerCache, Protocol):
         bq: Float[Tensor, "B N RQ D"],
         records: tuple[RecordLayout, RecordLayout],
         *,
+        free_a: tuple[Tensor, Tensor] | None = None,
         attn_bias: Tensor | None = None,
         rank_scale: bool = True,
         impl: str = "auto",
     ) -> tuple[Float[Tensor, "B N H E"], Float[Tensor, "B N H"]]:
-        """Attention of the newest N tokens, already written; outputs and log-sum-exps."""
+        """Attention of the newest N tokens, already written; outputs and log-sum-exps.
+
+        `free_a` are A_K and A_V (1, 1, R, H) where records hold none.
+        """
         ...
 
 

@@ -26,7 +26,7 @@ from .cache import CacheLayout, LayerCache
 from .cache_protocol import decodes_in_place, store
 from .factor_maps import FactorMap, empty_linear, init_a, init_b, init_linear, project
 from .factors import RecordLayout, TPAFactors
-from .functional import tpa_attention, tpa_decode, tpa_decode_factors
+from .functional import tpa_attention, tpa_decode_factors
 from .kv_shift import KVShift, zero_padding
 from .masks import ragged_mask
 from .rows import NORM_EPS, activate, expand, norm_parts, rms_norm, rotate_blocks, rotate_first
@@ -273,10 +273,10 @@ class TPAttention(nn.Module):
         batch, new = positions.shape
         few, records = new <= MAX_DECODE_TOKENS, (self.k_record, self.v_record)
         own = cache if few and self.impl in IN_PLACE and decodes_in_place(cache) else None
-        # records that attention does not read as they are become factors a block at a time in plain torch
-        in_blocks = few and self.impl == "auto" and not self._decodes_records
-        in_blocks = in_blocks and dispatch.chosen("auto", bq) == "blockwise"
-        if own is not None and not (own.decodes(records) if self._decodes_records else in_blocks):
+        # plain torch makes factors of records a block at a time
+        in_blocks = few and self.impl == "auto" and dispatch.chosen("auto", bq) == "blockwise"
+        direct = own is not None and self._attends_to_rows and own.decodes(records)
+        if own is not None and not (direct or in_blocks):
             own = None
         if own is not None:
             inputs.key_mask(attention_mask, batch, new, own.extent(layer_idx, new))  # before anything changes
@@ -286,35 +286,26 @@ class TPAttention(nn.Module):
         bq = bq.expand(batch, new, -1, -1).to(stored.dtype)
         options = {"rank_scale": self.rank_scale, "impl": self.impl}
         ragged: dict[str, Any] = {"seq_lens": stored.seq_lens, "attn_bias": mask}
-        if few and self._decodes_records and own is not None:
-            heads, _ = own.decode(layer_idx, aq, bq, records, attn_bias=mask, **options)
-        elif few and self._decodes_records:
-            heads = tpa_decode(
-                *(aq, bq, *stored.read(0, stored.keys)),
-                ranks=(self.k_rank, self.v_rank),
-                num_heads=self.num_heads,
-                head_dim=self.head_dim,
-                v_head_dim=self.v_head_dim,
-                **ragged,
-                **options,
-            )
+        if own is not None and direct:
+            free_a = None if self.k_record.has_a else (self._free_a(self.a_k), self._free_a(self.a_v))
+            heads, _ = own.decode(layer_idx, aq, bq, records, free_a=free_a, attn_bias=mask, **options)
+            return heads.to(raw.bq.dtype)
+        at = self._key_positions(cache, layer_idx, stored.keys, positions, counted)
+
+        def load(first: int, last: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            return self._unpack(*stored.read(first, last), None if at is None else at[:, first:last])
+
+        if in_blocks:
+            sizes = (stored.keys, self.k_rank, self.v_rank, self.num_heads, self.v_head_dim)
+            heads, _ = blockwise.decode_loaded(aq, bq, load, sizes, **ragged, rank_scale=self.rank_scale)
+        elif few:
+            heads = tpa_decode_factors(aq, bq, *load(0, stored.keys), **ragged, **options)
         else:
-            at = self._key_positions(cache, layer_idx, stored.keys, positions, counted)
-
-            def load(first: int, last: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-                return self._unpack(*stored.read(first, last), None if at is None else at[:, first:last])
-
-            if in_blocks:
-                sizes = (stored.keys, self.k_rank, self.v_rank, self.num_heads, self.v_head_dim)
-                heads, _ = blockwise.decode_loaded(aq, bq, load, sizes, **ragged, rank_scale=self.rank_scale)
-            elif few:
-                heads = tpa_decode_factors(aq, bq, *load(0, stored.keys), **ragged, **options)
-            else:
-                causal = stored.seq_lens is None
-                if stored.seq_lens is not None:
-                    mask = inputs.combine(mask, ragged_mask(new, stored.keys, stored.seq_lens))
-                kv = load(0, stored.keys)
-                heads = tpa_attention(aq, bq, *kv, causal=causal, attn_mask=mask, **options)
+            causal = stored.seq_lens is None
+            if stored.seq_lens is not None:
+                mask = inputs.combine(mask, ragged_mask(new, stored.keys, stored.seq_lens))
+            kv = load(0, stored.keys)
+            heads = tpa_attention(aq, bq, *kv, causal=causal, attn_mask=mask, **options)
         return cast(Tensor, heads).to(raw.bq.dtype)
 
     # ------------------------------------------------------------------------------ hidden state to factors
@@ -357,10 +348,13 @@ class TPAttention(nn.Module):
     # --------------------------------------------------------------------------------------------- records
 
     @property
-    def _decodes_records(self) -> bool:
-        """Whether records hold all four factors as attention reads them."""
-        complete = all(part for r in (self.k_record, self.v_record) for part in (r.has_a, r.has_b))
-        return complete and not self.rotate_on_load and self.factor_dims is None
+    def _attends_to_rows(self) -> bool:
+        """Whether records hold the rows of B as attention reads them."""
+        return not self.rotate_on_load and self.factor_dims is None
+
+    def _free_a(self, head_map: FactorMap) -> Float[Tensor, "1 1 R H"]:
+        """Head factors that do not depend on the token."""
+        return activate(head_map.rows(None), self.head_activation)
 
     def _pack(self, raw: TPAFactors, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Records of the new tokens; keys enter rotated unless they are rotated on load."""
@@ -375,8 +369,8 @@ class TPAttention(nn.Module):
         """A_K, B_K (rotated), A_V, B_V of every cached token, rows expanded."""
         ak, bk = self.k_record.views(k)
         av, bv = self.v_record.views(v)
-        ak = activate(self.a_k.rows(None), self.head_activation).to(k.dtype) if ak is None else ak
-        av = activate(self.a_v.rows(None), self.head_activation).to(k.dtype) if av is None else av
+        ak = self._free_a(self.a_k).to(k.dtype) if ak is None else ak
+        av = self._free_a(self.a_v).to(k.dtype) if av is None else av
         if bk is None:
             free = self.b_k.rows(None)
             bk = (norm_parts(free, self.b_k.widths) if self.factor_norm else free).to(k.dtype)

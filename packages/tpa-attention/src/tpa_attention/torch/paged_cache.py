@@ -8,11 +8,14 @@ Source: Zhang et al. 2025 (arXiv 2501.06425), Section 3 (what is cached); Kwon e
 Section 4 (pages, reference counts, copy-on-write).
 """
 
+from typing import Any, cast
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from tpa_attention.torch import blockwise, dispatch
 from tpa_attention.torch.append import append_paged
 from tpa_attention.torch.factors import RecordLayout
 from tpa_attention.torch.functional import tpa_decode
@@ -147,12 +150,10 @@ class PagedFactorCache(PagedSequences):
         return k, v
 
     def decodes(self, records: tuple[RecordLayout, RecordLayout]) -> bool:
-        """Whether records of these layouts hold both factors of K and V, and are what is kept here."""
-        complete = all(record.has_a and record.has_b for record in records)
-        return complete and tuple(r.numbers for r in records) == (
-            self.layout.k_numbers,
-            self.layout.v_numbers,
-        )
+        """Whether records of these layouts hold B of K and V, A of both or of none, and are kept here."""
+        k, v = records
+        complete = k.has_b and v.has_b and k.has_a == v.has_a
+        return complete and (k.numbers, v.numbers) == (self.layout.k_numbers, self.layout.v_numbers)
 
     def decode(
         self,
@@ -161,6 +162,7 @@ class PagedFactorCache(PagedSequences):
         bq: Float[Tensor, "B N RQ D"],
         records: tuple[RecordLayout, RecordLayout],
         *,
+        free_a: tuple[Tensor, Tensor] | None = None,
         attn_bias: Tensor | None = None,
         window: int | None = None,
         scale: float | None = None,
@@ -174,6 +176,7 @@ class PagedFactorCache(PagedSequences):
             aq: head factors of the queries, or None for a full Q in `bq`.
             bq: feature factors of the queries, rotated.
             records: layouts of the K and V records.
+            free_a: A_K and A_V (1, 1, R, H) where the records hold none.
             attn_bias: boolean (True = attend) or floating, broadcastable to (B, H, N, M) with M =
                 `extent(layer)`.
             window: keys i with 0 <= t - i < window are seen.
@@ -183,25 +186,52 @@ class PagedFactorCache(PagedSequences):
 
         Returns:
             Outputs and log-sum-exps.
+
+        Raises:
+            ValueError: if the records are not those of the cache, or what is given does not fit.
         """
         k_record, v_record = records
+        if not self.decodes(records) or (free_a is None) != k_record.has_a:
+            raise ValueError(
+                f"records must hold {self.layout.k_numbers} and {self.layout.v_numbers} numbers, B of K and "
+                f"V among them, and free_a be given iff they hold no A; got {records} and free_a={free_a}"
+            )
         k, v, table, lengths = self.view(layer)
-        out, lse = tpa_decode(
-            *(aq, bq, k, v),
-            ranks=(k_record.rank, v_record.rank),
-            num_heads=k_record.heads,
-            head_dim=k_record.width,
-            v_head_dim=v_record.width,
+        options: dict[str, Any] = {
+            "attn_bias": self._to_whole_pages(attn_bias, layer),
+            "window": window,
+            "scale": scale,
+            "rank_scale": rank_scale,
+        }
+        if free_a is None:
+            out, lse = tpa_decode(
+                *(aq, bq, k, v),
+                ranks=(k_record.rank, v_record.rank),
+                num_heads=k_record.heads,
+                head_dim=k_record.width,
+                v_head_dim=v_record.width,
+                seq_lens=lengths,
+                block_table=table,
+                return_lse=True,
+                impl=impl,
+                **options,
+            )
+            return out, lse
+
+        def factors(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            """A repeated without a copy, whether these are pages or tokens in order."""
+            (_, bk), (_, bv) = k_record.views(k), v_record.views(v)
+            ak, av = (a.to(self.dtype).expand(*k.shape[:2], -1, -1) for a in free_a)
+            return ak, cast(Tensor, bk), av, cast(Tensor, bv)
+
+        if dispatch.chosen(impl, aq, bq, *free_a) == "triton":
+            return dispatch.by_kernel(aq, bq, *factors(k, v), lengths, table, None, **options)
+        return blockwise.decode_loaded(
+            *(aq, bq, lambda first, last: factors(*self.read(layer, first, last))),
+            (table.shape[1] * self.block_size, k_record.rank, v_record.rank, k_record.heads, v_record.width),
             seq_lens=lengths,
-            block_table=table,
-            attn_bias=self._to_whole_pages(attn_bias, layer),
-            window=window,
-            scale=scale,
-            rank_scale=rank_scale,
-            return_lse=True,
-            impl=impl,
+            **options,
         )
-        return out, lse
 
     def advance(self, new: int = 1) -> None:
         """Make room for `new` tokens per sequence and count them, before a captured or compiled step runs.

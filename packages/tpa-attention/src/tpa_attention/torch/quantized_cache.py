@@ -169,6 +169,7 @@ class QuantizedFactorCache(FactorCache):
         bq: Float[Tensor, "B N RQ D"],
         records: tuple[RecordLayout, RecordLayout] | None = None,
         *,
+        free_a: tuple[Tensor, Tensor] | None = None,
         attn_bias: Tensor | None = None,
         window: int | None = None,
         scale: float | None = None,
@@ -183,6 +184,7 @@ class QuantizedFactorCache(FactorCache):
             aq: head factors of the queries, or None for a full Q in `bq`.
             bq: feature factors of the queries, rotated.
             records: layouts of the K and V records, if given those of the cache.
+            free_a: None; records without A are not decoded in place.
             attn_bias: boolean (True = attend) or floating, broadcastable to (B, H, N, M) with M =
                 `extent(layer)`.
             window: keys i with 0 <= t - i < window are seen.
@@ -199,7 +201,7 @@ class QuantizedFactorCache(FactorCache):
         """
         self._check_layer(layer)
         k_record, v_record = self.records
-        if not self.decodes(self.records if records is None else records):
+        if free_a is not None or not self.decodes(self.records if records is None else records):
             raise ValueError(
                 f"records must hold both factors of K and V to be decoded in place, and be {self.records}, "
                 f"got {records}"
