@@ -1,7 +1,7 @@
 """Times the prefill kernels under other plans: what the table of `kernels/prefill_config.py` rests on.
 
-One thing is changed at a time from the plan of the table: a tile, or whether an operand is expanded. Kernels
-are compiled first, by as many processes as there are cores, so that the table is there after seconds.
+One thing is changed at a time from the plan of the table: a tile, or how many heads are expanded. Kernels are
+compiled first, by as many processes as there are cores, so that the table is there after seconds.
 
 Run on a GPU: `python benchmarks/tune_prefill.py --tokens 1024 --batch 16`
 """
@@ -40,27 +40,19 @@ TILES = {
         (32, 128, 8, 2),
     ],
 }
+HEADS = (4, 8, 12, 16, 24, 48)
 Sizes = tuple[int, int, int, int, tuple[int, int, int]]
 
 
-def plans(sizes: Sizes) -> dict[str, Plan]:
+def plans(width: int) -> dict[str, Plan]:
     """Name -> plan: that of the table, and one change each."""
-    _, T, _, D, ranks = sizes
-    table = choose_plan(2, D, D, ranks, (T, T))
+    table = choose_plan(2, width, width)
     found = {"table": table}
-    for expand in ("expand_q", "expand_kv"):
-        found[f"{expand}={not getattr(table, expand)}"] = replace(
-            table, **{expand: not getattr(table, expand)}
-        )
-    for expand_kv in (False, True):
-        for kernel in ("forward", "grad_q"):
-            for numbers in TILES[kernel]:
-                changed = replace(table, expand_kv=expand_kv, **{kernel: Tile(*numbers)})
-                found[f"{kernel} {numbers}, K and V {'expanded' if expand_kv else 'built'}"] = changed
-    for numbers in TILES["grad_kv"]:
-        found[f"grad_kv {numbers}"] = replace(table, grad_kv=Tile(*numbers))
-    for groups in (1, 2, 4, 8):
-        found[f"groups={groups}"] = replace(table, groups=groups)
+    for kernel, tiles in TILES.items():
+        for numbers in tiles:
+            found[f"{kernel} {numbers}"] = replace(table, **{kernel: Tile(*numbers)})
+    for heads in HEADS:
+        found[f"{heads} heads at a time"] = replace(table, heads=heads)
     return found
 
 
@@ -98,7 +90,7 @@ def run(plan: Plan, sizes: Sizes, rounds: int) -> tuple[float, float] | str:
 
 
 def compile_only(plan: Plan, sizes: Sizes) -> None:
-    """Fills Triton's cache; the kernels know neither batch nor length, the groups depend on both."""
+    """Fills Triton's cache; the kernels know neither batch nor length."""
     _, T, H, D, ranks = sizes
     run(plan, (1, T, H, D, ranks), 1)
 
@@ -111,7 +103,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs=3, default=(6, 2, 2), metavar=("RQ", "RK", "RV"))
     given = parser.parse_args()
     sizes = (given.batch, given.tokens, given.heads, given.width, tuple(given.ranks))
-    candidates = plans(sizes)
+    candidates = plans(given.width)
     with ProcessPoolExecutor(min(16, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
         list(pool.map(compile_only, candidates.values(), [sizes] * len(candidates)))
     flop = given.batch * given.heads * given.tokens**2 * given.width  # a product, half of it masked

@@ -8,7 +8,11 @@ from pathlib import Path
 import torch
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32"}
-MODULES = {"prefill": ("_attend", "_expand"), "prefill_backward": ("_grad_queries", "_grad_keys")}
+MODULES = {
+    "heads": ("_expand", "_collect"),
+    "prefill": ("_attend",),
+    "prefill_backward": ("_grad_queries", "_grad_keys"),
+}
 
 
 @dataclass(frozen=True)

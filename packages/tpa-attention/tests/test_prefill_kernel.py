@@ -15,21 +15,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prefill_cases import FLOAT32_ERROR, Case, assert_agrees, kernels, results, rms_error, truth
 
-from tpa_attention.torch.kernels.prefill_config import Plan, Tile, choose_groups, choose_plan
+from tpa_attention.torch.kernels.prefill_config import Plan, Tile, choose_heads, choose_plan
 
 pytest.importorskip("triton", reason="needs triton, which is optional")
 
 TINY = Tile(16, 16, 4, 2)
-BUILT = Plan(TINY, TINY, TINY, expand_q=False, expand_kv=False)
-EXPANDED = replace(BUILT, expand_q=True, expand_kv=True)
-WIDE = replace(BUILT, forward=Tile(32, 16, 4, 2), grad_q=Tile(16, 32, 4, 2), grad_kv=Tile(32, 16, 4, 2))
+BLOCKS = Plan(TINY, TINY, TINY)
+UNEQUAL = Plan(Tile(32, 16, 4, 2), Tile(16, 32, 4, 2), Tile(32, 16, 4, 2))
 # R_Q, R_K, R_V; h, D, E: every rank and every size with a few of the others
 CALLS = [
     ((1, 1, 1), (1, 8, 8)),
     ((6, 2, 2), (3, 16, 40)),
     ((3, 1, 4), (2, 10, 5)),
     ((None, 1, 1), (2, 24, 8)),
-    ((None, 5, 6), (1, 8, 24)),
+    ((None, 5, 9), (2, 8, 24)),
 ]
 ACROSS = {"tokens": 37, "keys": 37, "heads": 1}  # three blocks, the last of them not full
 KEYS_SEEN = {
@@ -61,7 +60,7 @@ GPU_CASES = {
 }
 SIZES = {"heads": 4, "width": 64, "v_width": 64, "tokens": 256, "keys": 256}
 COMPILED = {
-    "T6 medium, built": Case(**SIZES, q_rank=6, k_rank=2, v_rank=2, dtype=torch.bfloat16),
+    "T6 medium": Case(**SIZES, q_rank=6, k_rank=2, v_rank=2, dtype=torch.bfloat16),
     "T6 medium, packed": Case(**SIZES, q_rank=6, k_rank=2, v_rank=2, bounds=((0, 9, 256),) * 2),
     "rank 1, window": Case(**SIZES, q_rank=16, k_rank=1, window=99, dtype=torch.float16),
     "full Q, wide": Case(**(SIZES | {"width": 128, "v_width": 128}), q_rank=None, dtype=torch.bfloat16),
@@ -124,27 +123,25 @@ def test_every_rank_and_size_agrees_with_the_reference(triton_interpreter, ranks
 
 @pytest.mark.parametrize("name", KEYS_SEEN)
 def test_each_query_sees_its_keys_across_blocks(triton_interpreter, name):
-    triton_interpreter(compare, [KEYS_SEEN[name]], FLOAT32_ERROR, BUILT)
+    triton_interpreter(compare, [KEYS_SEEN[name]], FLOAT32_ERROR, BLOCKS)
 
 
 def test_tiles_of_unequal_sizes_agree(triton_interpreter):
     cases = [KEYS_SEEN["causal"], KEYS_SEEN["packed window"]]
-    triton_interpreter(compare, cases, FLOAT32_ERROR, WIDE)
+    triton_interpreter(compare, cases, FLOAT32_ERROR, UNEQUAL)
 
 
-def test_expanded_operands_give_the_bits_of_built_ones(triton_interpreter):
-    case = Case(tokens=18, keys=23, heads=2, v_rank=3)
-    assert_same_bits(triton_interpreter(attend, case, BUILT), triton_interpreter(attend, case, EXPANDED))
-
-
-@pytest.mark.parametrize("groups", [2, 3])
-def test_heads_may_be_summed_in_any_number_of_groups(triton_interpreter, groups):
-    case = Case(heads=3, tokens=17, keys=9)
-    triton_interpreter(compare, [case], FLOAT32_ERROR, replace(EXPANDED, groups=groups))
+@pytest.mark.parametrize("heads", [1, 2])
+def test_any_number_of_heads_at_a_time_gives_the_same_bits(triton_interpreter, heads):
+    for case in (Case(heads=3, tokens=17, keys=9), Case(heads=3, tokens=5, keys=5, q_rank=None)):
+        assert_same_bits(
+            triton_interpreter(attend, case, replace(BLOCKS, heads=heads)),
+            triton_interpreter(attend, case, replace(BLOCKS, heads=3)),
+        )
 
 
 def test_more_ranks_than_are_unrolled_agree(triton_interpreter):
-    triton_interpreter(compare, [Case(q_rank=6, k_rank=7, v_rank=5, heads=1)], FLOAT32_ERROR, BUILT)
+    triton_interpreter(compare, [Case(q_rank=17, k_rank=9, v_rank=8, heads=1)])
 
 
 @pytest.mark.parametrize("dtype", HALF_ERROR, ids=str)
@@ -158,7 +155,7 @@ def test_factors_are_read_where_they_lie(triton_interpreter, layout):
 
 
 def test_a_query_without_keys_gives_zero_and_minus_infinity_and_no_gradient(triton_interpreter):
-    out, lse, daq, dbq, *_ = triton_interpreter(attend, KEYS_SEEN["more queries than keys"], BUILT)
+    out, lse, daq, dbq, *_ = triton_interpreter(attend, KEYS_SEEN["more queries than keys"], BLOCKS)
     dead = slice(0, 19)
     assert (out[:, dead] == 0).all()
     assert (lse[:, dead] == -torch.inf).all()
@@ -173,7 +170,7 @@ def test_without_any_key_or_query_there_is_nothing_to_run(triton_interpreter):
 
 
 def test_a_negative_scale_turns_the_order_of_logits_around(triton_interpreter):
-    triton_interpreter(compare, [Case(**ACROSS, scale=-0.7)], FLOAT32_ERROR, BUILT)
+    triton_interpreter(compare, [Case(**ACROSS, scale=-0.7)], FLOAT32_ERROR, BLOCKS)
 
 
 @pytest.mark.parametrize("spread", [40.0, 1e3])
@@ -182,13 +179,12 @@ def test_logits_hundreds_apart_give_finite_and_correct_numbers(triton_interprete
     largest = float(truth(case)[1].abs().max())
     assert largest > 88  # exp(88) overflows float32
     # an error of 2^-22 of a logit is that of its exponential
-    triton_interpreter(compare, [case], max(FLOAT32_ERROR, 2.0**-22 * largest), BUILT)
+    triton_interpreter(compare, [case], max(FLOAT32_ERROR, 2.0**-22 * largest), BLOCKS)
 
 
 def test_gradients_do_not_change_from_run_to_run(triton_interpreter):
     case = Case(heads=2, tokens=17, keys=9)
-    first = triton_interpreter(attend, case, replace(BUILT, groups=1))
-    assert_same_bits(first, triton_interpreter(attend, case, replace(BUILT, groups=1)))
+    assert_same_bits(triton_interpreter(attend, case, BLOCKS), triton_interpreter(attend, case, BLOCKS))
 
 
 @pytest.mark.skipif(
@@ -199,7 +195,7 @@ def test_gradients_do_not_change_from_run_to_run(triton_interpreter):
 def test_the_pipelined_loop_equals_the_portable_one(triton_interpreter):
     case = Case(tokens=20, keys=37, heads=1)
     assert_same_bits(
-        triton_interpreter(attend_pipelined, case, BUILT), triton_interpreter(attend, case, BUILT)
+        triton_interpreter(attend_pipelined, case, BLOCKS), triton_interpreter(attend, case, BLOCKS)
     )
 
 
@@ -234,7 +230,7 @@ def calls(draw):
     )
 
 
-PLANS = st.sampled_from([None, BUILT, EXPANDED, replace(WIDE, groups=2)])
+PLANS = st.sampled_from([None, BLOCKS, replace(UNEQUAL, heads=1), replace(UNEQUAL, heads=2)])
 
 
 @settings(max_examples=4, deadline=None)
@@ -251,50 +247,45 @@ def test_many_calls_agree_with_the_reference(triton_interpreter, case, plan):
 
 
 @given(
+    share=st.integers(1, 6),
     batch=st.integers(1, 64),
-    blocks=st.integers(1, 512),
+    tokens=st.integers(1, 10**6),
     heads=st.integers(1, 128),
     processors=st.sampled_from([1, 108, 132]),
 )
-def test_shares_of_the_groups_stay_within_what_fills_the_device(batch, blocks, heads, processors):
-    groups = choose_groups(batch, blocks, heads, processors)
-    assert 1 <= groups <= heads
-    assert (groups - 1) * -(-heads // groups) < heads  # no group is empty
-    assert groups == 1 or (groups - 1) * batch * blocks < 4 * processors
+def test_as_few_heads_are_expanded_as_keep_the_device_busy(share, batch, tokens, heads, processors):
+    found = choose_heads(share, batch, tokens, heads, processors)
+    assert 1 <= found <= heads
+    programs, fewest, pieces = batch * -(-tokens // 64), -(-heads // share), -(-heads // found)
+    assert found == heads or programs * found >= 8 * processors
+    # in one piece more, which memory would like, some processors would have less to do
+    assert found == fewest or programs * (heads // (pieces + 1)) < 8 * processors
 
 
-@given(
-    itemsize=st.sampled_from([2, 4]),
-    widths=st.tuples(st.integers(1, 256), st.integers(1, 256)),
-    ranks=st.tuples(st.none() | st.integers(1, 64), st.integers(1, 64), st.integers(1, 64)),
-    tokens=st.tuples(st.integers(1, 10**6), st.integers(1, 10**6)),
-)
-def test_streamed_operands_of_many_ranks_are_always_expanded(itemsize, widths, ranks, tokens):
-    plan = choose_plan(itemsize, *widths, ranks, tokens)
-    assert plan.expand_kv or max(ranks[1:]) <= 4
-    assert plan.expand_q or ranks[0] is None or ranks[0] <= 4
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("width", [1, 64, 65, 128, 129, 256])
+def test_every_width_has_tiles_that_a_matrix_instruction_takes(itemsize, width):
+    plan = choose_plan(itemsize, width, 1)
+    assert plan == choose_plan(itemsize, 1, width)
     for tile in (plan.forward, plan.grad_q, plan.grad_kv):
-        assert min(tile.queries, tile.keys) >= 16  # what a matrix instruction takes
+        assert min(tile.queries, tile.keys) >= 16
 
 
 @pytest.mark.slow  # seconds per kernel
-@pytest.mark.parametrize("expanded", [False, True])
 @pytest.mark.parametrize("name", COMPILED)
-def test_kernels_compile_for_cuda_use_tensor_cores_and_spill_no_tile(name, expanded, monkeypatch, tmp_path):
+def test_kernels_compile_for_cuda_use_tensor_cores_and_spill_no_tile(name, monkeypatch, tmp_path):
     case = COMPILED[name]
-    ranks = (case.q_rank, case.k_rank, case.v_rank)
-    plan = choose_plan(case.dtype.itemsize, case.width, case.v_width, ranks, (case.tokens, case.keys))
-    plan = replace(plan, expand_kv=expanded, expand_q=expanded or plan.expand_q)
-    compiled = compile_for_hopper(lambda: attend(case, plan), monkeypatch, tmp_path)
-    assert {"_attend", "_grad_queries", "_grad_keys"} <= set(compiled)
+    compiled = compile_for_hopper(lambda: attend(case), monkeypatch, tmp_path)
+    assert set(compiled) == {"_attend", "_grad_queries", "_grad_keys", "_expand", "_collect"}
     for kernel, made in compiled.items():
-        if kernel == "_expand":
+        if kernel in ("_expand", "_collect"):
             assert made.stack == 0
             continue
         assert ("wgmma.mma_async" in made.ptx) == (case.dtype != torch.float32)
         assert made.shared <= (113 if case.width <= 64 else 227) << 10  # two programs, or one, side by side
-        # a few addresses and masks may be read back; a tile would be a fifth of a loop and more
-        assert made.spills_in_loops <= (0 if kernel == "_attend" else 0.125), kernel
+        # of the four tiles of wide heads some may be read back, a tenth of the instructions
+        wide = case.width > 64 and kernel != "_attend"
+        assert made.spills_in_loops <= (0.1 if wide else 0), kernel
 
 
 @pytest.mark.gpu
@@ -304,17 +295,13 @@ def test_every_kind_of_call_agrees_on_the_gpu_in_float32(name):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("expanded", [False, True])
 @pytest.mark.parametrize("dtype", HALF_ERROR, ids=str)
 @pytest.mark.parametrize("name", GPU_CASES)
-def test_halves_on_the_gpu_are_as_close_as_torch_on_materialised_heads(name, dtype, expanded):
+def test_halves_on_the_gpu_are_as_close_as_torch_on_materialised_heads(name, dtype):
     from tpa_attention.torch.functional import tpa_attention
 
     case = replace(GPU_CASES[name], dtype=dtype, by_lse=False)
-    ranks = (case.q_rank, case.k_rank, case.v_rank)
-    plan = choose_plan(2, case.width, case.v_width, ranks, (case.tokens, case.keys))
-    plan = replace(plan, expand_kv=expanded or plan.expand_kv, expand_q=expanded or plan.expand_q)
-    found = results(case, *kernels(plan), "cuda")
+    found = results(case, *kernels(), "cuda")
     factors = [None if x is None else x.cuda().requires_grad_() for x in case.factors()]
     bounds = None if case.bounds is None else torch.tensor(case.bounds[0], device="cuda")
     out, lse = tpa_attention(
@@ -333,10 +320,10 @@ def test_halves_on_the_gpu_are_as_close_as_torch_on_materialised_heads(name, dty
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("groups", [None, 1, 3])
-def test_gradients_on_the_gpu_are_the_same_bits_in_every_run(groups):
+@pytest.mark.parametrize("heads", [None, 5])
+def test_gradients_on_the_gpu_are_the_same_bits_in_every_run(heads):
     case = replace(GPU_CASES["T6 medium"], dtype=torch.bfloat16, tokens=700, keys=700)
-    plan = replace(choose_plan(2, 64, 64, (6, 2, 2), (700, 700)), groups=groups)
+    plan = replace(choose_plan(2, 64, 64), heads=heads)
     first = results(case, *kernels(plan), "cuda")
     for _ in range(5):
         assert_same_bits(first, results(case, *kernels(plan), "cuda"))

@@ -75,6 +75,16 @@ def compile_for_any_length(rank, world_size):
     return [[[x.detach() for x in side] for side in pair] for pair in found], len(graphs)
 
 
+def chosen_under_compile(rank, world_size):
+    """What a compiled function is told about kernels on this device, without a break in its graph."""
+
+    def ask(x):
+        problem = dispatch.kernel_problem(torch.device("cuda"))
+        return x + 1 if problem is None or "triton is not installed" in problem else x
+
+    return torch.compile(ask, backend="eager", fullgraph=True)(torch.zeros(1))
+
+
 def export_for_any_length(rank, world_size):
     factors = arguments(CASES["window"])[:6]
     T, M = (torch.export.Dim(name, min=2, max=4096) for name in ("T", "M"))
@@ -190,6 +200,11 @@ def test_one_graph_without_breaks_trains_at_every_length(run_distributed):
     for compiled, eager in found:
         for one, other in zip(compiled, eager, strict=True):
             assert torch.equal(one, other)
+
+
+def test_a_compiled_function_may_ask_for_the_kernels(run_distributed):
+    (result,) = run_distributed(chosen_under_compile, 1)
+    assert result == 1
 
 
 def test_an_exported_program_keeps_the_operator_and_any_length(run_distributed):

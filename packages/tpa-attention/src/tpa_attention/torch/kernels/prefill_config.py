@@ -1,31 +1,23 @@
-"""How the prefill kernels are cut: tiles, warps, stages, which operands are expanded, how heads are grouped.
+"""How the prefill kernels are cut: tiles, warps and stages, and how many heads are expanded at a time.
 
-Attention of T queries to M keys is bound by arithmetic, so tiles are as large as registers allow. An operand
-that is read again and again, K and V by every block of queries, can be built from its factors each time,
+Attention of T queries to M keys is bound by arithmetic, so tiles are as large as registers allow. Q, K and V,
+and in the backward pass their gradients, exist for some heads at a time. In numbers, O being B T H E of them,
 
-    R tile multiply-adds and as many conversions, on tiles that live in registers,
+    forward   3 B T D heads  ~  O          backward   6 B T D heads  ~  1.5 O          for D = E and T = M
 
-or once, into memory that is given back at the end of the call ("expanded", numbers per token: h D). Building
-costs time with every block that reads the operand, expanding once per token; so operands of higher rank and
-long sequences are expanded. Neither is kept for the backward pass, and both round at the same place.
-
-Gradients of B are sums over heads. A program owns a block of tokens and a group of heads, and adds up the
-share of its heads where no other program writes; what the groups hold is summed at the end. There are as few
-groups as fill the device, so their number times the tokens of a call is bounded:
-
-    groups * tokens * batch <= max(tokens * batch, programs that fill the device * tokens per program).
+unless so few heads would leave multiprocessors idle, where sequences are few and short.
 
 Source: Zhang et al. 2025 (arXiv 2501.06425), eq. 3.1-3.3; Dao 2023 (arXiv 2307.08691), the tiling.
 """
 
+import functools
 from dataclasses import dataclass
 
 from .decode_config import padded
 
-MAX_WIDTH = 256  # D and E; wider tiles fit no multiprocessor
-BUILT_RANKS = 4  # streamed operands of more ranks are always expanded
-_LONG = 1024  # tokens from which expanding a streamed operand costs less than building it in each block
-_PROGRAMS_PER_PROCESSOR = 4  # two run at a time; under a causal order they differ in length
+FORWARD_SHARE, BACKWARD_SHARE = 3, 4  # parts in which the heads are expanded
+_PROGRAMS_PER_PROCESSOR = 8  # two run at a time; under a causal order they differ in length
+_BLOCK = 64  # tokens of a program, about
 
 
 @dataclass(frozen=True)
@@ -55,79 +47,56 @@ class Tile:
 
 @dataclass(frozen=True)
 class Plan:
-    """The three kernels of a call, and what they share.
+    """The three kernels of a call.
 
     Args:
         forward: outputs and log-sum-exps; streams K and V.
-        grad_q: gradients of the query's factors; streams K and V.
-        grad_kv: gradients of the factors of K and V; streams Q.
-        expand_q: whether Q is expanded where it is streamed.
-        expand_kv: whether K and V are.
-        groups: groups of heads in the backward pass; None: as few as fill the device.
+        grad_q: gradients of Q; streams K and V.
+        grad_kv: gradients of K and V; streams Q and the gradient of O.
+        heads: that are expanded at a time; None: see `choose_heads`.
     """
 
     forward: Tile
     grad_q: Tile
     grad_kv: Tile
-    expand_q: bool
-    expand_kv: bool
-    groups: int | None = None
+    heads: int | None = None
 
 
-def choose_plan(
-    itemsize: int,
-    head_dim: int,
-    v_head_dim: int,
-    ranks: tuple[int | None, int, int],
-    tokens: tuple[int, int],
-) -> Plan:
-    """The plan of a call.
+@functools.lru_cache(maxsize=256)
+def choose_plan(itemsize: int, head_dim: int, v_head_dim: int) -> Plan:
+    """The plan of a call, by what sm_90 makes of its tiles.
+
+    Up to a width of 64 shared memory allows two programs on a multiprocessor. The forward loops keep all in
+    registers; of the backward ones, with their four tiles, a few addresses and masks are read back.
 
     Args:
         itemsize: bytes of a number: 2 for tensor cores, 4 for float32, which is multiplied without them.
         head_dim: D.
         v_head_dim: E.
-        ranks: (R_Q, R_K, R_V), R_Q None for a Q that is not factorised.
-        tokens: (T, M).
     """
-    q_rank, k_rank, v_rank = ranks
     width = max(padded(head_dim), padded(v_head_dim))
-    forward, grad_q, grad_kv = _tiles(itemsize, width)
-    return Plan(
-        forward,
-        grad_q,
-        grad_kv,
-        expand_q=q_rank is not None and (q_rank > 2 or tokens[1] >= _LONG),
-        expand_kv=max(k_rank, v_rank) > 2 or tokens[0] >= _LONG,
-    )
+    if itemsize > 2:
+        if width <= 64:
+            return Plan(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
+        return Plan(Tile(32, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1))
+    if width <= 64:
+        return Plan(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2))
+    if width <= 128:
+        return Plan(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(128, 64, 8, 2))
+    return Plan(Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 64, 8, 1))
 
 
-def choose_groups(batch: int, blocks: int, heads: int, processors: int) -> int:
-    """Groups of heads that give every processor some programs, no more.
+def choose_heads(share: int, batch: int, tokens: int, heads: int, processors: int) -> int:
+    """Heads that are expanded at a time: 1 / share of all, or as many as keep every processor busy.
 
     Args:
+        share: parts, if each of them fills the device.
         batch: sequences.
-        blocks: blocks of tokens per sequence.
+        tokens: T.
         heads: h.
         processors: multiprocessors of the device.
     """
-    wanted = -(-processors * _PROGRAMS_PER_PROCESSOR // max(1, batch * blocks))
-    per_group = -(-heads // min(heads, wanted))
-    return -(-heads // per_group)
-
-
-def _tiles(itemsize: int, width: int) -> tuple[Tile, Tile, Tile]:
-    """Tiles of the three kernels, chosen by what sm_90 makes of them.
-
-    Up to a width of 64 shared memory allows two programs on a multiprocessor. The forward loops keep all in
-    registers; of the backward ones, with their four tiles, a few addresses and masks are read back.
-    """
-    if itemsize > 2:
-        if width <= 64:
-            return Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)
-        return Tile(32, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)
-    if width <= 64:
-        return Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)
-    if width <= 128:
-        return Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)
-    return Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 64, 8, 1)
+    blocks = batch * -(-tokens // _BLOCK)
+    busy = -(-processors * _PROGRAMS_PER_PROCESSOR // max(1, blocks))
+    pieces = max(1, min(share, heads // min(busy, heads)))
+    return -(-heads // pieces)
