@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .decode_config import padded
 
-_TOKENS = 64  # of a program that expands
+_TOKENS, _HEADS = 64, 8  # of a program that expands: B is read once from far away and stays near
 _NUMBERS = 4096  # in registers of a program that collects, for B and for dB
 _RANKS = 8  # of a program that collects
 _UNROLLED = tl.constexpr(8)
@@ -44,9 +44,9 @@ def expanded(a: Tensor | None, b: Tensor, first_head: int, heads: int) -> Tensor
     b = aligned(b)
     x = b.new_empty(B, heads, T, b.shape[3])
     block = 16 if INTERPRETED else _TOKENS
-    _expand[(triton.cdiv(T, block) * B * heads,)](
+    _expand[(triton.cdiv(T, block) * B * triton.cdiv(heads, _HEADS),)](
         a, *a.stride(), b, *b.stride()[:3], x, T, first_head, heads, B,
-        RANK=R, WIDTH=b.shape[3], PAD=padded(b.shape[3]), BLOCK=block, num_warps=4,
+        RANK=R, WIDTH=b.shape[3], PAD=padded(b.shape[3]), BLOCK=block, HEADS=_HEADS, num_warps=4,
     )  # fmt: skip
     return x
 
@@ -93,29 +93,33 @@ def _add_rank(total, r, a, a_r, b, b_r, inside, seen):
 @triton.jit(do_not_specialize=["T", "first_head", "heads", "batches"])
 def _expand(
     a, a_b, a_t, a_r, a_h, b, b_b, b_t, b_r, x, T, first_head, heads, batches,
-    RANK: tl.constexpr, WIDTH: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr,
+    RANK: tl.constexpr, WIDTH: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK tokens of one head; heads of the same tokens stand side by side in the grid and share B."""
+    """BLOCK tokens of up to HEADS heads, one after the other."""
     program = tl.program_id(0)
-    h = program % heads
-    batch = (program // heads % batches).to(tl.int64)
-    first = (program // heads // batches * BLOCK).to(tl.int64)
+    groups = tl.cdiv(heads, HEADS)
+    h = program % groups * HEADS
+    batch = (program // groups % batches).to(tl.int64)
+    first = (program // groups // batches * BLOCK).to(tl.int64)
     t = tl.arange(0, BLOCK)
     d = tl.arange(0, PAD)
     inside = first + t < T
     seen = inside[:, None] & (d < WIDTH)[None, :]
-    a += batch * a_b + first * a_t + (first_head + h).to(tl.int64) * a_h + t * a_t
-    b += batch * b_b + first * b_t
-    b = b + t[:, None] * b_t + d[None, :]
-    total = tl.zeros((BLOCK, PAD), dtype=tl.float32)
-    if RANK <= _UNROLLED:
-        for r in tl.static_range(RANK):
-            total = _add_rank(total, r, a, a_r, b, b_r, inside, seen)
-    else:
-        for r in range(RANK):
-            total = _add_rank(total, r, a, a_r, b, b_r, inside, seen)
-    x += ((batch * heads + h) * T + first) * WIDTH
-    tl.store(x + t[:, None] * WIDTH + d[None, :], total.to(x.dtype.element_ty), mask=seen)
+    a += batch * a_b + first * a_t + t * a_t
+    b = b + batch * b_b + first * b_t + t[:, None] * b_t + d[None, :]
+    x = x + (batch * heads * T + first) * WIDTH + t[:, None] * WIDTH + d[None, :]
+    last = tl.minimum(h + HEADS, heads)
+    while h < last:
+        total = tl.zeros((BLOCK, PAD), dtype=tl.float32)
+        of_head = a + (first_head + h).to(tl.int64) * a_h
+        if RANK <= _UNROLLED:
+            for r in tl.static_range(RANK):
+                total = _add_rank(total, r, of_head, a_r, b, b_r, inside, seen)
+        else:
+            for r in range(RANK):
+                total = _add_rank(total, r, of_head, a_r, b, b_r, inside, seen)
+        tl.store(x + h.to(tl.int64) * T * WIDTH, total.to(x.dtype.element_ty), mask=seen)
+        h += 1
 
 
 @triton.jit

@@ -80,7 +80,7 @@ def choose_plan(itemsize: int, head_dim: int, v_head_dim: int) -> Plan:
             return Plan(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
         return Plan(Tile(32, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1))
     if width <= 64:
-        return Plan(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2))
+        return Plan(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2, 128), Tile(64, 64, 4, 2))
     if width <= 128:
         return Plan(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(128, 64, 8, 2))
     return Plan(Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 64, 8, 1))
