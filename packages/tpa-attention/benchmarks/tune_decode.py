@@ -309,7 +309,10 @@ def tune(
 
 
 def main(device: str, file: Path, only: list[str] | None, seconds: float) -> int:
-    """The command line's part: prints as it goes, 0 when something was measured."""
+    """The command line's part: prints as it goes; 2 where there is no GPU, else 0."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        sys.stderr.write(f"--tune measures kernels on a GPU, and torch {torch.__version__} sees none\n")
+        return 2
     targets = [t for t in TARGETS if only is None or any(word in t.title for word in only)]
     workers = min(16, os.cpu_count() or 1)
     for line in tune(targets, device, file, workers=workers, seconds=seconds):

@@ -128,3 +128,10 @@ def test_tuning_writes_a_winner_and_leaves_out_what_disagrees(triton_interpreter
     table = decode_config.load_tuned(file)
     assert table["NVIDIA X", target.shape] == other["NVIDIA X", target.shape]
     assert table["cpu", target.shape] in tuning.candidates(target.shape)[:2]
+
+
+def test_tuning_without_a_gpu_says_so_and_writes_nothing(tuning, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert tuning.main("cuda", tmp_path / "tuned.json", None, 1.0) == 2
+    assert "sees none" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
