@@ -3,13 +3,7 @@
     _decode_split   Algorithm 2 over one part of the cache, for a block of (query, head) rows
     _merge_splits   Algorithm 3: parts weighted by exp(LSE_j - max LSE)           where there are several
 
-A program owns rows n * heads + h, heads padded to a power of two, so that one read of B serves all heads:
-
-    P_s = q B_K[m, s]^T    or, factored,    P_s = A_Q^T (B_Q B_K[m, s]^T)
-    L = sum_s P_s * A_K[m, s, h],   m' = max(m, max L),   p = exp2(L - m')
-    y = y exp2(m - m') + sum_u (p * A_V[m, u, h]) B_V[m, u]
-
-Weights exist for one tile at a time, K and V never. Ranks are loops over separate products, none is padded.
+What a program does with its tokens is in `decode_tiles`, how calls are cut into programs in `decode_config`.
 Logits carry log2(e) scale from the start; LSE and partial results are float32. Masked numbers are never
 loaded: NaN past the end of a sequence cannot reach a live row. Cached factors come with any strides, as pages
 or not; no length is compiled in, and everything that decides the launch is known to the host.
