@@ -104,7 +104,9 @@ def test_torch_alone_times_its_optimisers_and_ours_and_names_what_is_missing(mod
     assert got.absent["official MARS"] == "not given: its file is named by --official"
 
 
-def test_only_takes_the_named_contenders_with_their_counterparts(modules, no_peers):
+def test_only_takes_the_named_contenders_and_relates_them_to_their_counterparts_within_the_rounds(
+    modules, no_peers
+):
     got = modules.bench_step.measure("pair", FEW, only="^mars-lion for-loop")
     assert {row.name for row in got.rows} == {
         "AdamW foreach",
@@ -112,10 +114,6 @@ def test_only_takes_the_named_contenders_with_their_counterparts(modules, no_pee
         "mars-lion for-loop, clip=1.0",
     }
     assert got.absent == {}
-
-
-def test_a_row_is_related_to_its_counterpart_within_the_rounds(modules, no_peers):
-    got = modules.bench_step.measure("pair", FEW, only="^mars-lion for-loop")
     ours, counterpart = got.row("mars-lion for-loop, clip=1.0"), got.row("AdamW for-loop")
     ratio = paired_ratio(ours.seconds, counterpart.seconds)
     text = ours.extra["ratio to its counterpart"]

@@ -137,13 +137,13 @@ def options_of(name):
     return common | OPTIONS[name]
 
 
-def stepped(tensors, optimizer_options, distribute):
+def stepped(tensors, optimizer_options, distribute, steps=STEPS):
     """MARS after a few steps on given gradients; `distribute` turns whole tensors into what is stepped."""
     dtype = tensors[0].dtype
     shapes = [tensor.shape for tensor in tensors]
     params = [nn.Parameter(tensor) for tensor in distribute(tensors)]
     optimizer = MARS(params, **optimizer_options)
-    for step in range(STEPS):
+    for step in range(steps):
         for param, grad in zip(params, distribute(whole(10 + step, shapes, dtype)), strict=True):
             param.grad = grad
         exact = not optimizer_options.get("is_approx", True)
@@ -286,7 +286,7 @@ def communication(rank, world_size):
     for where, distribute in distributions(world_size).items():
         for name in COUNTED:
             options = options_of("m") | {"distributed": name} if name == "blockwise" else options_of(name)
-            optimizer, _ = stepped(whole(0), options, distribute)
+            optimizer, _ = stepped(whole(0), options, distribute, steps=1)
             if rank == 0:
                 optimizer.stats()  # measured from now on, and must not wait for the other rank
             with CommDebugMode() as mode:

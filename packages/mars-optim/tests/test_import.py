@@ -85,16 +85,18 @@ def test_the_version_is_the_one_of_the_project_file():
     assert mars_optim.__version__ == project["version"]
 
 
-def test_the_first_example_of_the_readme_trains_a_model():
+def test_the_first_example_of_the_readme_trains_a_model_and_loads_no_other_framework():
     pytest.importorskip("torch", reason="the example trains a torch model")
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     example = readme.split("```python\n")[1].split("```")[0]
-    losses = in_fresh_interpreter(
-        f"import json, torch; torch.manual_seed(0)\n{example}\n"
+    start, loss, loaded = in_fresh_interpreter(
+        f"import json, sys, torch; torch.manual_seed(0); before = set(sys.modules)\n{example}\n"
         "start = torch.nn.functional.cross_entropy(torch.zeros(512, 10), y)\n"
-        "print(json.dumps([start.item(), loss.item()]))"
+        "print(json.dumps([start.item(), loss.item(), sorted(set(sys.modules) - before)]))"
     )
-    assert losses[1] < 0.8 * losses[0]  # from log 10, the loss of not knowing
+    assert loss < 0.8 * start  # from log 10, the loss of not knowing
+    assert "mars_optim.torch.optimizer" in loaded
+    assert not {"accelerate", "jax", "optax", "transformers"} & set(loaded)
 
 
 @pytest.mark.slow  # 200 steps outside of jit

@@ -241,7 +241,7 @@ def test_value_and_both_gradients_equal_two_plain_evaluations(vectorize):
     batch, b = (x, jnp.arange(8) % 3), jnp.zeros(3)
     params, before = {"w": w, "b": b}, {"w": w_before, "b": b + 1}
     key = jax.random.key(0)
-    plain = jax.value_and_grad(softmax_regression)
+    plain = jax.jit(jax.value_and_grad(softmax_regression))
     both = jax.jit(mars_value_and_grad(softmax_regression, vectorize=vectorize))
     for extra in ({}, {"key": key}):
         (value, grads), prev_grads = both(params, before, batch, **extra)
@@ -279,7 +279,7 @@ def test_exact_correction_vanishes_with_dropout_as_long_as_parameters_stand_stil
     x, w = arrays(8, (8, 5), (5, 3))
     params, batch = {"w": w, "b": jnp.zeros(3)}, (x, jnp.arange(8) % 3)
     tx = mars_correction(gamma=1.0, clip=None, is_approx=False, keep_prev_params=True)
-    both, state = mars_value_and_grad(softmax_regression), tx.init(params)
+    both, state = jax.jit(mars_value_and_grad(softmax_regression)), tx.init(params)
     for seed in range(3):
         (_, grads), prev_grads = both(params, state.prev_params, batch, jax.random.key(seed))
         c, state = tx.update(grads, state, params, prev_grads=prev_grads)

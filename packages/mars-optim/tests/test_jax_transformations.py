@@ -32,6 +32,11 @@ def tree(seed):
     }
 
 
+def pair(seed):
+    """One leaf of each kind, where it is not about the kinds: compiling takes its time per leaf."""
+    return {"kernel": tree(seed)["kernel"], "bias": tree(seed)["dense"]["bias"]}
+
+
 def assert_close(left, right, tolerance=FUSED):
     assert jax.tree.structure(left) == jax.tree.structure(right)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), left, right)
@@ -49,7 +54,7 @@ def step(tx, params, state, g, h=None):
 
 @pytest.mark.parametrize(
     ("mars_type", "exact"),
-    [("adamw", False), ("adamw", True), ("lion", True), ("shampoo", False), ("m", True), ("sgd", False)],
+    [("adamw", False), ("lion", True), ("shampoo", False), ("m", True), ("sgd", False)],
 )
 def test_jit_and_scan_equal_eager_steps(mars_type, exact):
     tx = mars(0.05, mars_type, is_approx=not exact, keep_prev_params=True, amsgrad=True)
@@ -130,17 +135,17 @@ def test_injected_hyperparameters_equal_the_plain_ones_and_can_be_changed():
         learning_rate=optax.linear_schedule(0.1, 0.0, 10), mars_type="shampoo", gamma=0.1, weight_decay=0.1
     )
     plain = mars(optax.linear_schedule(0.1, 0.0, 10), "shampoo", gamma=0.1, weight_decay=0.1)
-    params, update = tree(0), jax.jit(injected.update)
+    params, update = pair(0), jax.jit(injected.update)
     left, right = (params, injected.init(params)), (params, plain.init(params))
     for seed in range(4):
-        updates, state = update(tree(seed), left[1], left[0])
+        updates, state = update(pair(seed), left[1], left[0])
         left = optax.apply_updates(left[0], updates), state
-        right = step(plain, *right, tree(seed))
+        right = step(plain, *right, pair(seed))
     assert_close(left[0], right[0])
     left[1].hyperparams["gamma"] = jnp.asarray(0.0)
     without = mars(optax.linear_schedule(0.1, 0.0, 10), "shampoo", gamma=0.0, weight_decay=0.1)
-    updates, _ = update(tree(5), left[1], left[0])
-    expected, _ = without.update(tree(5), right[1], right[0])
+    updates, _ = update(pair(5), left[1], left[0])
+    expected, _ = without.update(pair(5), right[1], right[0])
     assert_close(updates, expected)
 
 
@@ -188,8 +193,7 @@ def test_the_valley_of_rosenbrock_is_descended(mars_type):
     assert float(loss(train(start)[0])) < 0.1 * float(loss(start[0]))
 
 
-@pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize("mask_extra", [False, True])
+@pytest.mark.parametrize(("exact", "mask_extra"), [(False, False), (True, False), (True, True)])
 def test_partition_gives_each_group_its_own_optimiser(exact, mask_extra):
     params = tree(0)
     labels = {"conv": "mars", "dense": "adamw", "kernel": "mars"}
@@ -201,13 +205,14 @@ def test_partition_gives_each_group_its_own_optimiser(exact, mask_extra):
     alone, other = mars(0.1, "m", is_approx=not exact), optax.adamw(0.01)
     some = {"conv": params["conv"], "kernel": params["kernel"]}
     state, alone_state, other_state = tx.init(params), alone.init(some), other.init(params["dense"])
+    update, update_alone, update_other = (jax.jit(t.update) for t in (tx, alone, other))
     for seed in range(3):
         g, h = tree(seed), tree(seed + 10)
         extra = [{"prev_grads": h}, {"prev_grads": {k: h[k] for k in some}}] if exact else [{}, {}]
-        updates, state = jax.jit(tx.update)(g, state, params, **extra[0])
-        expected, alone_state = alone.update({k: g[k] for k in some}, alone_state, some, **extra[1])
+        updates, state = update(g, state, params, **extra[0])
+        expected, alone_state = update_alone({k: g[k] for k in some}, alone_state, some, **extra[1])
         assert_close({k: updates[k] for k in some}, expected)
-        expected, other_state = other.update(g["dense"], other_state, params["dense"])
+        expected, other_state = update_other(g["dense"], other_state, params["dense"])
         assert_close(updates["dense"], expected)
 
 
@@ -223,15 +228,15 @@ def test_partition_hands_each_group_its_own_dimension_numbers():
 
 
 def test_multi_steps_equals_one_step_on_the_mean_gradient():
-    params = tree(0)
+    params = pair(0)
     for exact in (False, True):
         inner = mars(0.1, is_approx=not exact, keep_prev_params=True)
         tx = optax.MultiSteps(inner, every_k_schedule=2)
         left, right = (params, tx.init(params)), (params, inner.init(params))
         accumulate, apply = (jax.jit(partial(step, t)) for t in (tx, inner))
         for t in range(3):
-            halves, references = (tree(2 * t), tree(2 * t + 1)), (tree(2 * t + 20), tree(2 * t + 21))
-            mean, h = (jax.tree.map(lambda a, b: (a + b) / 2, *pair) for pair in (halves, references))
+            halves, references = (pair(2 * t), pair(2 * t + 1)), (pair(2 * t + 20), pair(2 * t + 21))
+            mean, h = (jax.tree.map(lambda a, b: (a + b) / 2, *both) for both in (halves, references))
             for g in halves:
                 # MultiSteps averages gradients only: in the exact form the caller averages prev_grads.
                 left = accumulate(*left, g, h if exact else None)
@@ -241,11 +246,12 @@ def test_multi_steps_equals_one_step_on_the_mean_gradient():
 
 
 def test_skipping_non_finite_updates_leaves_the_whole_state_untouched():
-    params = tree(0)
+    params = pair(0)
     tx = optax.apply_if_finite(mars(0.1), max_consecutive_errors=5)
-    _, state = tx.update(tree(1), tx.init(params), params)
-    bad = tree(2) | {"kernel": jnp.full((5, 3), jnp.nan)}
-    updates, after = tx.update(bad, state, params)
+    update = jax.jit(tx.update)
+    _, state = update(pair(1), tx.init(params), params)
+    bad = pair(2) | {"kernel": jnp.full((5, 3), jnp.nan)}
+    updates, after = update(bad, state, params)
     assert_close(updates, jax.tree.map(jnp.zeros_like, params), 0)
     assert_close(after.inner_state, state.inner_state, 0)
 

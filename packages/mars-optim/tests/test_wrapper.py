@@ -279,8 +279,13 @@ def test_infinite_gradient_norm_gives_nan_and_no_silent_zero_step():
     assert torch.isnan(param).all()
 
 
-def train_on_shards(rank, world_size, clip_scope, is_approx):
-    """Rows of uneven and empty shards and a plain tensor under one wrapper; whole tensors after training."""
+def train_on_shards(rank, world_size, forms):
+    """Rows of uneven and empty shards and a plain tensor under one wrapper, in each of the forms."""
+    return [train_shards(world_size, **form) for form in forms]
+
+
+def train_shards(world_size, **form):
+    """Whole tensors after training on shards."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -293,11 +298,11 @@ def train_on_shards(rank, world_size, clip_scope, is_approx):
 
     params = [torch.nn.Parameter(x) for x in placed(drawn[0])]
     base = torch.optim.AdamW(params, lr=0.02, betas=(0.9, 0.99), foreach=False)
-    optimizer = VarianceReduced(base, gamma=0.2, clip_scope=clip_scope, is_approx=is_approx)
+    optimizer = VarianceReduced(base, gamma=0.2, **form)
     for g, h in zip(drawn[1], drawn[2], strict=True):
         for param, gradient in zip(params, placed(g), strict=True):
             param.grad = gradient
-        optimizer.step(prev_grads=None if is_approx else placed(h))
+        optimizer.step(prev_grads=None if form["is_approx"] else placed(h))
     whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in params]
     return [x.detach().numpy() for x in whole]
 
@@ -305,21 +310,19 @@ def train_on_shards(rank, world_size, clip_scope, is_approx):
 SHARDED = ((5, 4), (1, 6), (3, 2, 2), (3, 3))
 
 
-@pytest.mark.parametrize("is_approx", [True, False])
-@pytest.mark.parametrize("clip_scope", ["tensor", "global"])
-def test_shards_of_two_processes_step_as_whole_tensors_of_one(run_distributed, clip_scope, is_approx):
+FORMS = [{"clip_scope": scope, "is_approx": form} for scope in ("tensor", "global") for form in (True, False)]
+
+
+def test_shards_of_two_processes_step_as_whole_tensors_of_one_in_every_form(run_distributed):
     # the limit is for a busy machine
-    first, second = run_distributed(train_on_shards, 2, clip_scope, is_approx, timeout=200)
+    ranks = run_distributed(train_on_shards, 2, FORMS, timeout=200)
     drawn = draw(seed=13, shapes=SHARDED, steps=4)
-    expected = run_wrapped(
-        drawn,
-        lambda p: torch.optim.AdamW(p, lr=0.02, betas=(0.9, 0.99)),
-        gamma=0.2,
-        clip_scope=clip_scope,
-        is_approx=is_approx,
-    )
-    assert_same(first, expected, rtol=0, atol=ROUNDING)
-    assert_same(second, first, rtol=0, atol=0)
+    for form, first, second in zip(FORMS, *ranks, strict=True):
+        expected = run_wrapped(
+            drawn, lambda p: torch.optim.AdamW(p, lr=0.02, betas=(0.9, 0.99)), gamma=0.2, **form
+        )
+        assert_same(first, expected, rtol=0, atol=ROUNDING)
+        assert_same(second, first, rtol=0, atol=0)
 
 
 def test_around_schedule_free_it_corrects_in_training_mode_and_passes_the_modes_on():
