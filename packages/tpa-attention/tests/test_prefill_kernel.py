@@ -30,18 +30,18 @@ CALLS = [
     ((None, 1, 1), (2, 24, 8)),
     ((None, 5, 9), (2, 8, 24)),
 ]
-ACROSS = {"tokens": 37, "keys": 37, "heads": 1}  # three blocks, the last of them not full
+ACROSS = {"tokens": 24, "keys": 24, "heads": 1}  # two blocks, the last of them not full
 KEYS_SEEN = {
     "causal": Case(**ACROSS),
-    "later chunk": Case(tokens=20, keys=50, heads=1),
-    "more queries than keys": Case(tokens=40, keys=21, heads=1),
-    "all": Case(tokens=20, keys=37, heads=1, causal=False),
+    "later chunk": Case(tokens=10, keys=50, heads=1),
+    "more queries than keys": Case(tokens=40, keys=9, heads=1),
+    "all": Case(tokens=20, keys=24, heads=1, causal=False),
     "window of one": Case(**ACROSS, window=1),
     "window": Case(tokens=30, keys=41, heads=1, window=18),
-    "packed": Case(**ACROSS, bounds=((0, 3, 3, 20, 37), (0, 7, 9, 30, 37))),
-    "packed window": Case(**ACROSS, window=5, bounds=((0, 18, 37), (0, 18, 37))),
-    "packed, all": Case(**ACROSS, causal=False, bounds=((0, 1, 17, 37), (0, 20, 20, 37))),
-    "one packed sequence": Case(**ACROSS, bounds=((0, 37), (0, 37))),
+    "packed": Case(**ACROSS, bounds=((0, 3, 3, 20, 24), (0, 7, 9, 19, 24))),
+    "packed window": Case(tokens=40, keys=40, heads=1, window=5, bounds=((0, 18, 40), (0, 18, 40))),
+    "packed, all": Case(**ACROSS, causal=False, bounds=((0, 1, 17, 24), (0, 20, 20, 24))),
+    "one packed sequence": Case(**ACROSS, bounds=((0, 24), (0, 24))),
 }
 # A half keeps 11 bits, a bfloat16 8, and O enters gradients; the interpreter cuts off what hardware rounds
 HALF_ERROR = {torch.float16: 2.0**-8, torch.bfloat16: 2.0**-5}
@@ -115,9 +115,8 @@ def test_the_truth_of_these_tests_is_the_one_in_numpy():
 def test_every_rank_and_size_agrees_with_the_reference(triton_interpreter, ranks, sizes):
     heads, width, v_width = sizes
     q_rank, k_rank, v_rank = ranks
-    case = Case(
-        heads=heads, width=width, v_width=v_width, q_rank=q_rank, k_rank=k_rank, v_rank=v_rank, batch=2
-    )
+    ranks = {"q_rank": q_rank, "k_rank": k_rank, "v_rank": v_rank}
+    case = Case(9, 11, heads, width, v_width, **ranks, batch=2)
     triton_interpreter(compare, [case])
 
 
@@ -133,7 +132,7 @@ def test_tiles_of_unequal_sizes_agree(triton_interpreter):
 
 @pytest.mark.parametrize("heads", [1, 2])
 def test_any_number_of_heads_at_a_time_gives_the_same_bits(triton_interpreter, heads):
-    for case in (Case(heads=3, tokens=17, keys=9), Case(heads=3, tokens=5, keys=5, q_rank=None)):
+    for case in (Case(9, 7, heads=3), Case(5, 5, heads=3, q_rank=None)):
         assert_same_bits(
             triton_interpreter(attend, case, replace(BLOCKS, heads=heads)),
             triton_interpreter(attend, case, replace(BLOCKS, heads=3)),
@@ -141,25 +140,25 @@ def test_any_number_of_heads_at_a_time_gives_the_same_bits(triton_interpreter, h
 
 
 def test_more_ranks_than_are_unrolled_agree(triton_interpreter):
-    triton_interpreter(compare, [Case(q_rank=17, k_rank=9, v_rank=8, heads=1)])
+    triton_interpreter(compare, [Case(5, 5, q_rank=17, k_rank=9, v_rank=8, heads=1)])
 
 
 @pytest.mark.parametrize("dtype", HALF_ERROR, ids=str)
 def test_halves_are_read_and_written_and_lse_stays_float32(triton_interpreter, dtype):
-    triton_interpreter(compare, [Case(dtype=dtype, heads=2)], HALF_ERROR[dtype])
+    triton_interpreter(compare, [Case(9, 9, dtype=dtype)], HALF_ERROR[dtype])
 
 
 @pytest.mark.parametrize("layout", ["projection", "transposed", "fixed a"])
 def test_factors_are_read_where_they_lie(triton_interpreter, layout):
-    triton_interpreter(compare, [Case(layout=layout, batch=2, heads=2, v_rank=2)])
+    triton_interpreter(compare, [Case(9, 9, layout=layout, batch=2, v_rank=2)])
 
 
 def test_a_query_without_keys_gives_zero_and_minus_infinity_and_no_gradient(triton_interpreter):
     out, lse, daq, dbq, *_ = triton_interpreter(attend, KEYS_SEEN["more queries than keys"], BLOCKS)
-    dead = slice(0, 19)
+    dead = slice(0, 31)
     assert (out[:, dead] == 0).all()
     assert (lse[:, dead] == -torch.inf).all()
-    assert lse[:, 19:].isfinite().all()
+    assert lse[:, 31:].isfinite().all()
     assert (daq[:, dead] == 0).all()
     assert (dbq[:, dead] == 0).all()
 
@@ -173,7 +172,7 @@ def test_a_negative_scale_turns_the_order_of_logits_around(triton_interpreter):
     triton_interpreter(compare, [Case(**ACROSS, scale=-0.7)], FLOAT32_ERROR, BLOCKS)
 
 
-@pytest.mark.parametrize("spread", [40.0, 1e3])
+@pytest.mark.parametrize("spread", [100.0, 1e3])
 def test_logits_hundreds_apart_give_finite_and_correct_numbers(triton_interpreter, spread):
     case = Case(**ACROSS, spread=spread, q_rank=1, k_rank=1)
     largest = float(truth(case)[1].abs().max())
@@ -183,7 +182,7 @@ def test_logits_hundreds_apart_give_finite_and_correct_numbers(triton_interprete
 
 
 def test_gradients_do_not_change_from_run_to_run(triton_interpreter):
-    case = Case(heads=2, tokens=17, keys=9)
+    case = Case(tokens=17, keys=9)
     assert_same_bits(triton_interpreter(attend, case, BLOCKS), triton_interpreter(attend, case, BLOCKS))
 
 
@@ -193,7 +192,7 @@ def test_gradients_do_not_change_from_run_to_run(triton_interpreter):
     reason="this interpreter cannot run a range over a number that the kernel computes",
 )
 def test_the_pipelined_loop_equals_the_portable_one(triton_interpreter):
-    case = Case(tokens=20, keys=37, heads=1)
+    case = Case(tokens=18, keys=35, heads=1)
     assert_same_bits(
         triton_interpreter(attend_pipelined, case, BLOCKS), triton_interpreter(attend, case, BLOCKS)
     )
@@ -283,8 +282,8 @@ def test_kernels_compile_for_cuda_use_tensor_cores_and_spill_no_tile(name, monke
             continue
         assert ("wgmma.mma_async" in made.ptx) == (case.dtype != torch.float32)
         assert made.shared <= (113 if case.width <= 64 else 227) << 10  # two programs, or one, side by side
-        # of the four tiles of wide heads some may be read back, a tenth of the instructions
-        wide = case.width > 64 and kernel != "_attend"
+        # of the four tiles of wide heads, or wide numbers, some is read back: a tenth of the instructions
+        wide = kernel != "_attend" and case.width * case.dtype.itemsize > 128
         assert made.spills_in_loops <= (0.1 if wide else 0), kernel
 
 
