@@ -1,6 +1,6 @@
 """The public functions: every implementation against the NumPy truth, and the laws attention obeys."""
 
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -196,36 +196,62 @@ def test_worked_layer_agrees_with_the_specification():
 # ------------------------------------------------------------------------------------------ laws of attention
 
 
-@settings(max_examples=25, deadline=None)
-@given(shape=shapes(max_queries=1), c=st.floats(0.1, 10), constant=st.floats(-50, 50))
-def test_ranks_and_heads_have_no_order_and_scales_cancel(shape, c, constant):
-    shape["M"] = max(shape["M"], 1)
+@pytest.mark.parametrize(
+    ("function", "impl"),
+    [*product([tpa_attention], ATTENTION), *product([tpa_decode_factors], DECODING)],
+)
+@settings(max_examples=12, deadline=None)
+@given(shape=shapes(), c=st.floats(0.1, 10), constant=st.floats(-50, 50))
+def test_ranks_and_heads_have_no_order_and_scales_cancel(function, impl, shape, c, constant):
     factors = tensors(draw(**shape))
     aq, bq, ak, bk, av, bv = factors
-    out, lse = tpa_decode_factors(*factors, return_lse=True)
+    options = {"impl": impl, "return_lse": True}
+    out, lse = function(*factors, **options)
     generator = torch.Generator().manual_seed(shape["seed"])
-    rk, rv = (torch.randperm(r, generator=generator) for r in (ak.shape[2], av.shape[2]))
+    rq, rk, rv = (torch.randperm(b.shape[2], generator=generator) for b in (bq, bk, bv))
     heads = torch.randperm(shape["H"], generator=generator)
+    full = aq is None  # then rows of bq are heads
+    ranks = (None, bq) if full else (aq[:, :, rq], bq[:, :, rq])
+    scales = (None, bq) if full else (c * aq, bq / c)
     others = {
-        "ranks": (aq, bq, ak[:, :, rk], bk[:, :, rk], av[:, :, rv], bv[:, :, rv]),
-        "scales": (aq, bq, c * ak, bk / c, av / c, c * bv),
+        "ranks": (*ranks, ak[:, :, rk], bk[:, :, rk], av[:, :, rv], bv[:, :, rv]),
+        "scales": (*scales, c * ak, bk / c, av / c, c * bv),
     }
     for other in others.values():
-        assert_close(tpa_decode_factors(*other, return_lse=True), both((out, lse)), atol=ROUNDING)
-    query = (None, bq[:, :, heads]) if aq is None else (aq[..., heads], bq)
-    permuted = tpa_decode_factors(*query, ak[..., heads], bk, av[..., heads], bv, return_lse=True)
+        assert_close(function(*other, **options), both((out, lse)), atol=ROUNDING)
+    query = (None, bq[:, :, heads]) if full else (aq[..., heads], bq)
+    permuted = function(*query, ak[..., heads], bk, av[..., heads], bv, **options)
     assert_close(permuted, both((out[:, :, heads], lse[:, :, heads])), atol=ROUNDING)
     bias = torch.full((1,), constant, dtype=torch.float64)
-    shifted = tpa_decode_factors(*factors, attn_bias=bias, return_lse=True)
+    name = "attn_mask" if function is tpa_attention else "attn_bias"
+    shifted = function(*factors, **{name: bias}, **options)
     # a constant of 50 rounds logits to 50 * 2^-53 and changes nothing but the log-sum-exp
     assert_close(shifted, both((out, lse + constant)), atol=ROUNDING)
 
 
+@pytest.mark.parametrize("impl", ATTENTION)
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (1, 1), (3, 1), (2, 1, 1), (2, 1, 1, 5)])
+@pytest.mark.parametrize("kind", ["bool", "bias"])
+def test_a_mask_of_few_axes_broadcasts_over_the_others(impl, shape, kind):
+    factors = draw(0, T=3, M=5, H=2, kv_only=True)
+    numbers = np.random.default_rng(1).normal(size=shape)
+    mask, bias = (numbers > 0, None) if kind == "bool" else (None, numbers)
+    expected = reference.tpa_attention(
+        *factors,
+        mask=np.broadcast_to(True if mask is None else mask, (2, 2, 3, 5)),
+        bias=None if bias is None else np.broadcast_to(bias, (2, 2, 3, 5)),
+    )
+    given_mask = torch.as_tensor(numbers if mask is None else mask)
+    got = tpa_attention(*tensors(factors), causal=False, attn_mask=given_mask, impl=impl, return_lse=True)
+    assert_close(got, expected, atol=ROUNDING)
+
+
 @pytest.mark.parametrize("impl", DECODING)
-@pytest.mark.parametrize("kv_only", [False, True])
-def test_decode_step_t_is_row_t_of_full_attention(impl, kv_only):
-    T = 7
-    aq, bq, *kv = tensors(draw(0, T=T, M=T, kv_only=kv_only))
+@settings(max_examples=12, deadline=None)
+@given(shape=shapes())
+def test_decode_step_t_is_row_t_of_full_attention(impl, shape):
+    T = shape["T"]
+    aq, bq, *kv = tensors(draw(**shape | {"M": T}))
     full = tpa_attention(aq, bq, *kv, impl="reference", return_lse=True)
     for t in range(T):
         step = None if aq is None else aq[:, t : t + 1]
@@ -250,9 +276,11 @@ def test_chunks_of_a_prefill_equal_one_pass(impl, cuts, window):
 
 
 @pytest.mark.parametrize("impl", ATTENTION)
-def test_left_padding_changes_nothing(impl):
-    T, padding = 5, 3
-    aq, bq, *kv = tensors(draw(0, T=T + padding, M=T + padding))
+@settings(max_examples=12, deadline=None)
+@given(shape=shapes(), padding=st.integers(0, 4))
+def test_left_padding_changes_nothing(impl, shape, padding):
+    T = shape["T"]
+    aq, bq, *kv = tensors(draw(**shape | {"T": T + padding, "M": T + padding, "kv_only": False}))
     valid = torch.arange(T + padding) >= padding
     padded = tpa_attention(aq, bq, *kv, attn_mask=valid, impl=impl)
     alone = tpa_attention(*(f[:, padding:] for f in (aq, bq, *kv)), impl=impl)

@@ -110,6 +110,8 @@ def attend(
             T, M, causal=True, window=window, cu_seqlens_q=None, cu_seqlens_k=None, device=q.device
         )
     merged = both(order, mask) if mask is None or mask.dtype == torch.bool else as_bias(order, mask)
+    if merged is not None and merged.ndim < 2:
+        merged = merged.expand(T, M)  # torch's attention takes no mask of fewer axes
     dead, safe = without_dead_rows(merged, q.dtype)
     backends = [SDPBackend.MATH] if deterministic and q.device.type == "cuda" else None
 
