@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from tpa_attention.accounting import cache_bytes, max_context, model_params
+from tpa_attention.accounting import QUANTISED, cache_bytes, max_context, model_params
 from tpa_attention.config import PRESETS, ModelConfig, preset
 
 SMALL = preset("small")
@@ -31,24 +31,23 @@ def test_records_end_on_16_bytes():
     assert cache_bytes(medium, 2, 5, "bfloat16", padded=False) == 24 * 2 * 5 * 888
     assert cache_bytes(medium, 2, 5, "bfloat16") == 24 * 2 * 5 * 896
     assert cache_bytes(medium, 2, 5, "float32") == 24 * 2 * 5 * 2 * 896  # 888 bytes, 896
-    assert (
-        cache_bytes(preset("large"), 1, 1) == 36 * 2 * 512  # 250 numbers a record: 500 bytes
-    )  # 250 numbers a record: 500 bytes, 504 would be 8's
+    # 250 numbers a record: 500 bytes, which 8 would pad to 504
+    assert cache_bytes(preset("large"), 1, 1) == 36 * 2 * 512
 
 
-def test_quantised_caches_hold_a_byte_per_number_and_two_scales_per_rank():
-    numbers, scales = 2 * 2 * (32 + 128), 2 * 2 * 2
-    assert cache_bytes(RANK_TWO, 1, 7, quant="int8") == 3 * 7 * (numbers + 4 * scales)
-    assert cache_bytes(RANK_TWO, 1, 7, quant="fp8_e4m3", scale_dtype="float16") == 3 * 7 * (
-        numbers + 2 * scales
-    )
+@pytest.mark.parametrize("quant", QUANTISED)
+def test_quantised_caches_hold_a_byte_per_number_and_a_scale_per_rank(quant):
+    numbers, scales = 2 * 2 * (32 + 128), 2 + 2
+    assert cache_bytes(RANK_TWO, 1, 7, quant=quant) == 3 * 7 * (numbers + 4 * scales)
     free_a = replace(RANK_TWO, variant="noncontextual_a")
-    assert cache_bytes(free_a, 1, 1, quant="int8") == 3 * (2 * 2 * 128 + 4 * 4)
+    assert cache_bytes(free_a, 1, 1, quant=quant) == 3 * (2 * 2 * 128 + 4 * scales)
 
 
-def test_the_kv_shift_keeps_one_hidden_state_per_sequence_and_layer():
+def test_the_kv_shift_keeps_hidden_states_per_sequence_and_layer():
     shifted = replace(RANK_TWO, kv_shift=True)
-    assert cache_bytes(shifted, 5, 9) - cache_bytes(RANK_TWO, 5, 9) == 5 * 3 * 768 * 2
+    more = cache_bytes(shifted, 5, 9, rewind=3) - cache_bytes(RANK_TWO, 5, 9)
+    assert more == 5 * 3 * (3 + 1) * 768 * 2
+    assert cache_bytes(RANK_TWO, 5, 9, rewind=3) == cache_bytes(RANK_TWO, 5, 9)
 
 
 @pytest.mark.parametrize("options", [{}, {"quant": "int8"}, {"tp": 3}, {"padded": False}, {"batch": 7}])
@@ -103,6 +102,9 @@ OPTIONS = [
     {"mechanism": "mla", "kv_latent": 5, "q_latent": 3, "rope_dim": 2},
 ]
 
+FACTORED = [o for o in OPTIONS if o.get("mechanism", "tpa") in ("tpa", "kvonly")]
+FACTORED.append({"variant": "noncontextual_a", "shared_kv_b": True})  # caches nothing of V
+
 
 @pytest.mark.parametrize("mechanism", ALL)
 def test_the_medium_models_have_the_counted_size(mechanism):
@@ -124,8 +126,33 @@ def test_models_and_caches_with_options_have_the_counted_size(options):
     model = T6(config, device="meta")
     assert sum(p.numel() for p in model.parameters()) == model_params(config)
     cache = FactorCache(config, 3, 4, device="meta", dtype=torch.bfloat16)
-    last_hidden = 3 * 2 * 10 * 2 if config.kv_shift else 0  # kept beside the records
-    assert cache.nbytes + last_hidden == cache_bytes(config, 3, 4)
+    hidden = 3 * 2 * (cache.rewind + 1) * 10 * 2 if config.kv_shift else 0  # kept beside the records
+    assert cache.nbytes + hidden == cache_bytes(config, 3, 4)
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("options", FACTORED, ids=str)
+def test_caches_in_eight_bits_have_the_counted_size(options, kind):
+    pytest.importorskip("torch", reason="allocates on torch's meta device")
+    from tpa_attention.torch.quantized_cache import QuantizedFactorCache
+
+    sizes = {"hidden_size": 10, "num_hidden_layers": 2, "num_attention_heads": 6, "head_dim": 8}
+    config = ModelConfig(**sizes, **options | {"kv_shift": False})
+    cache = QuantizedFactorCache(config, 3, 4, kind=kind, device="meta")
+    assert cache.nbytes == cache_bytes(config, 3, 4, quant=kind)
+
+
+def test_the_hidden_states_that_a_cache_keeps_have_the_counted_size():
+    torch = pytest.importorskip("torch", reason="looks at a cache of torch")
+    from tpa_attention.torch.cache import FactorCache
+
+    config = replace(RANK_TWO, kv_shift=True)
+    cache = FactorCache(config, 2, 3, dtype=torch.bfloat16)
+    for layer in range(3):
+        cache.set_last_hidden(layer, torch.zeros(2, 1, 768, dtype=torch.bfloat16))
+    states = cache.state_dict()
+    kept = sum(states[f"hidden.{layer}"].nbytes for layer in range(3))
+    assert kept + cache.nbytes == cache_bytes(config, 2, 3)
 
 
 # ------------------------------------------------------------------------------------------ what is refused
@@ -139,11 +166,7 @@ def test_models_and_caches_with_options_have_the_counted_size(options):
         (lambda: cache_bytes(SMALL, 1, 1, tp=0), ValueError, "tp must be >= 1, got 0"),
         (lambda: cache_bytes(SMALL, 1, 1, "bf16"), ValueError, "dtype must be one of .*, got 'bf16'"),
         (lambda: cache_bytes(SMALL, 1, 1, quant="int4"), ValueError, "quant must be one of .*, got 'int4'"),
-        (
-            lambda: cache_bytes(SMALL, 1, 1, quant="int8", scale_dtype="int8"),
-            ValueError,
-            "scale_dtype must be one of .*, got 'int8'",
-        ),
+        (lambda: cache_bytes(SMALL, 1, 1, rewind=-1), ValueError, "rewind must be >= 0, got -1"),
         (
             lambda: cache_bytes(preset("small", "mha"), 1, 1, quant="int8"),
             ValueError,

@@ -14,7 +14,6 @@ from tpa_attention.torch.cache_protocol import DecodesInPlace, decodes_in_place
 from tpa_attention.torch.layers import MAX_DECODE_TOKENS, TPAttention
 from tpa_attention.torch.model import T6
 from tpa_attention.torch.paged_cache import PagedFactorCache
-from tpa_attention.torch.quantized_cache import QuantizedFactorCache
 
 ROUNDING = 1e-12  # the same products of numbers of size 1 to 10, summed in blocks, in float64
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
@@ -212,16 +211,7 @@ def test_a_model_generates_the_same_tokens_in_place_and_without_a_cache(kind):
     config = ModelConfig(**sizes, num_hidden_layers=2, zero_init_output=False)
     model = T6(config, dtype=torch.float64, generator=torch.Generator().manual_seed(14)).eval()
     ids = torch.randint(17, (2, 5), generator=torch.Generator().manual_seed(15))
-    source = model if kind.startswith("pages") else model.model.layers[0].attn
-    if kind.startswith("pages"):
-        caches = pair(source, kind)
-    else:
-        records = source.k_record, source.v_record
-        fixed = {"fixed_shape": kind.endswith("fixed shape"), "dtype": torch.float64}
-        caches = tuple(
-            wrap(QuantizedFactorCache(config, 2, 24, kind=kind.split()[0], records=records, **fixed))
-            for wrap in (InPlace, Appending)
-        )
+    caches = pair(model, kind)
     whole, new = ids, [ids, ids]
     with torch.no_grad():
         for _ in range(4):

@@ -1,6 +1,7 @@
 """Eight-bit factors: their error bounds, and a cache of them that decodes in place."""
 
 import pickle
+from dataclasses import replace
 
 import pytest
 import reference
@@ -8,13 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tpa_attention.accounting import cache_bytes
+from tpa_attention.config import ModelConfig
 from tpa_attention.torch.cache import FactorCache, LayerCache
 from tpa_attention.torch.factors import RecordLayout
 from tpa_attention.torch.layers import TPAttention
+from tpa_attention.torch.model import T6
 from tpa_attention.torch.quantization import TYPES, quantize_factors, quantize_rows
 from tpa_attention.torch.quantized_cache import QuantizedFactorCache
 
 RECORDS = RecordLayout(2, 3, 8), RecordLayout(1, 3, 6)
+MODEL = ModelConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=3, head_dim=8, v_rank=1)
 # half a step of int8; half of the last of three bits of float8, or half of its smallest step below 2^-6
 BOUNDS = {
     "int8": lambda _, scale: scale / 2,
@@ -213,6 +218,14 @@ def test_a_full_cache_refuses_and_stays_as_it_was():
     assert all(torch.equal(x, state[name]) for name, x in cache.state_dict().items())
 
 
+@pytest.mark.parametrize("as_config", [True, False])
+def test_the_records_of_a_model_are_those_of_its_layers(as_config):
+    cache = QuantizedFactorCache(MODEL if as_config else T6(MODEL, device="meta"), 2, 5, device="meta")
+    assert cache.records == (RecordLayout(2, 3, 8), RecordLayout(1, 3, 8))
+    assert cache.layout.num_layers == 2
+    assert cache.nbytes == cache_bytes(MODEL, 2, 5, quant="int8")
+
+
 def test_records_that_do_not_fit_the_layout_are_refused():
     config = layer().cache_layout
     with pytest.raises(TypeError, match="records must be two RecordLayouts"):
@@ -221,6 +234,8 @@ def test_records_that_do_not_fit_the_layout_are_refused():
         QuantizedFactorCache(config, 1, 4, records=(RECORDS[0], RecordLayout(1, 3, 8)))
     with pytest.raises(ValueError, match="kind must be one of"):
         QuantizedFactorCache(config, 1, 4, records=RECORDS, kind="int2")
+    with pytest.raises(TypeError, match="where config has no TPAttention layer"):
+        QuantizedFactorCache(replace(MODEL, mechanism="gqa", num_key_value_heads=1), 1, 4)
     free = TPAttention(16, 3, 8, q_rank=2, k_rank=1, v_rank=1, variant="noncontextual_a")
     cache = QuantizedFactorCache(free, 1, 4)
     cache.write(0, normal(1, 1, 8), normal(1, 1, 8))

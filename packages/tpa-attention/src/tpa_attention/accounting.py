@@ -44,6 +44,8 @@ __all__ = [
 ITEM_SIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 QUANTISED = ("int8", "fp8_e4m3")
 RECORD_BYTES = 16  # a cache record is padded to whole vectors of this many bytes
+SCALE_BYTES = 4  # a float32 scale
+REWIND = 16  # what `FactorCache` can take back under the KV shift unless told otherwise
 
 
 class LayerSizes(TypedDict, total=False):
@@ -112,7 +114,7 @@ def layer_shape(mech: str | ModelConfig | LayerShape, **sizes: Unpack[LayerSizes
 
 
 def cache_numbers(mech: str | ModelConfig | LayerShape, **sizes: Unpack[LayerSizes]) -> int:
-    """Numbers cached per token and layer (Table 1), without padding and without the KV shift's last state."""
+    """Numbers cached per token and layer (Table 1), without padding, scales and the KV shift's states."""
     return sum(_layer_counts.record_widths(layer_shape(mech, **sizes)))
 
 
@@ -228,19 +230,21 @@ def cache_bytes(
     tp: int = 1,
     padded: bool = True,
     *,
-    scale_dtype: str = "float32",
+    rewind: int = REWIND,
 ) -> int:
-    """Bytes of the cache of all layers on one device.
+    """Bytes of the cache of all layers on one device, as `FactorCache` and `QuantizedFactorCache` lay it out.
 
     Args:
         config: the model.
         batch: sequences.
         seq_len: cached tokens of each.
         dtype: of the cached numbers, a key of `ITEM_SIZES`.
-        quant: None, "int8" or "fp8_e4m3": one byte per number and a scale per token, rank and factor (A, B).
+        quant: None, "int8" or "fp8_e4m3": one byte per number and, per token and rank of K and of V, one
+            float32, the product of the scales of a row of A and of B.
         tp: devices of tensor parallelism. Heads are divided, ceil(h / tp), rows of B and latents replicated.
         padded: the K record and the V record of a token end on 16 bytes.
-        scale_dtype: of the scales under `quant`.
+        rewind: tokens that can be taken back under the KV shift, which takes `rewind` + 1 hidden states per
+            sequence and layer; 0 for the flax cache, which keeps the last one alone.
 
     Raises:
         ValueError: if a number is below 1, a dtype is unknown, or `quant` meets a mechanism without factors.
@@ -248,8 +252,8 @@ def cache_bytes(
     """
     for name, value in {"batch": batch, "seq_len": seq_len, "tp": tp}.items():
         _checks.positive_int(name, value)
-    per_token = _token_bytes(config, dtype, quant, tp, padded, scale_dtype)
-    return batch * (seq_len * per_token + _state_bytes(config, dtype))
+    per_token = _token_bytes(config, dtype, quant, tp, padded)
+    return batch * (seq_len * per_token + _state_bytes(config, dtype, rewind))
 
 
 def max_context(
@@ -262,7 +266,7 @@ def max_context(
     quant: str | None = None,
     tp: int = 1,
     padded: bool = True,
-    scale_dtype: str = "float32",
+    rewind: int = REWIND,
     reserved_bytes: int = 0,
 ) -> int:
     """The most tokens per sequence whose cache fits beside the weights; 0 if not even one fits.
@@ -276,7 +280,7 @@ def max_context(
         quant: see `cache_bytes`.
         tp: see `cache_bytes`.
         padded: see `cache_bytes`.
-        scale_dtype: see `cache_bytes`.
+        rewind: see `cache_bytes`.
         reserved_bytes: kept free for activations and scratch.
 
     Raises:
@@ -292,13 +296,11 @@ def max_context(
             f"weights_bytes and reserved_bytes must fit into gpu_bytes, "
             f"got {weights_bytes} and {reserved_bytes} in {gpu_bytes}"
         )
-    per_token = _token_bytes(config, dtype, quant, tp, padded, scale_dtype)
-    return max(0, (room // batch - _state_bytes(config, dtype)) // per_token)
+    per_token = _token_bytes(config, dtype, quant, tp, padded)
+    return max(0, (room // batch - _state_bytes(config, dtype, rewind)) // per_token)
 
 
-def _token_bytes(
-    config: ModelConfig, dtype: str, quant: str | None, tp: int, padded: bool, scale_dtype: str
-) -> int:
+def _token_bytes(config: ModelConfig, dtype: str, quant: str | None, tp: int, padded: bool) -> int:
     """Cache bytes of one token, all layers, one device."""
     item = _item_size(dtype)
     shape = layer_shape(config)
@@ -307,8 +309,9 @@ def _token_bytes(
         _checks.one_of("quant", quant, QUANTISED)
         if not shape.factored:
             raise ValueError(f"quant is for caches of factors, got {quant!r} with {config.mechanism!r}")
-        cached = [m for m in _layer_counts.cached_maps(shape) if m.contextual]
-        scales = sum(m.rank for m in cached) * _item_size(scale_dtype, "scale_dtype")
+        # A and B of a side share their scales; a side without contextual factors has none
+        sides = {m.of: m.rank for m in _layer_counts.cached_maps(shape) if m.contextual}
+        scales = sum(sides.values()) * SCALE_BYTES
         item = 1
     records = [width * item for width in _layer_counts.record_widths(shape, tp)]
     if padded:
@@ -316,13 +319,15 @@ def _token_bytes(
     return config.num_hidden_layers * (sum(records) + scales)
 
 
-def _state_bytes(config: ModelConfig, dtype: str) -> int:
-    """What a sequence keeps besides its tokens: the last hidden state per layer under the KV shift."""
-    return config.num_hidden_layers * config.hidden_size * _item_size(dtype) if config.kv_shift else 0
+def _state_bytes(config: ModelConfig, dtype: str, rewind: int) -> int:
+    """What a sequence keeps besides its tokens: the newest hidden states per layer under the KV shift."""
+    _checks.whole_number("rewind", rewind)
+    states = rewind + 1 if config.kv_shift else 0
+    return config.num_hidden_layers * states * config.hidden_size * _item_size(dtype)
 
 
-def _item_size(dtype: str, name: str = "dtype") -> int:
-    _checks.one_of(name, dtype, tuple(ITEM_SIZES))
+def _item_size(dtype: str) -> int:
+    _checks.one_of("dtype", dtype, tuple(ITEM_SIZES))
     return ITEM_SIZES[dtype]
 
 

@@ -166,7 +166,7 @@ class FactorCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all records, padding included; lengths and positions are int32 and not counted."""
+        """Bytes of all records, padding included; lengths, positions and hidden states are not counted."""
         return sum(buffer.numel() * buffer.itemsize for buffer in (*self._k, *self._v))
 
     @property

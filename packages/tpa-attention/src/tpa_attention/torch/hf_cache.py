@@ -67,7 +67,7 @@ class RecordsInCache:
         """None: no hidden state is kept."""
         return None
 
-    def set_last_hidden(self, layer: int, hidden: Float[Tensor, "B d"]) -> None:  # noqa: ARG002
+    def set_last_hidden(self, layer: int, hidden: Float[Tensor, "B T d"]) -> None:  # noqa: ARG002
         """Refuse: there is no place for it."""
         raise ValueError("use_cache must be False under kv_shift: a Hugging Face cache keeps no hidden state")
 

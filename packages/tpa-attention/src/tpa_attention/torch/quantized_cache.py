@@ -18,11 +18,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tpa_attention.config import ModelConfig
 from tpa_attention.torch import arguments, blockwise, dispatch, ops
 from tpa_attention.torch.cache import CacheLayout, FactorCache, layout_of
 from tpa_attention.torch.factors import RecordLayout, logit_scale, rank_factor
 from tpa_attention.torch.hidden_history import REWIND
+from tpa_attention.torch.layers import TPAttention
 from tpa_attention.torch.masks import split_mask
+from tpa_attention.torch.model import attention
 from tpa_attention.torch.quantization import TYPES, check_kind, quantize_factors
 
 
@@ -30,24 +33,26 @@ class QuantizedFactorCache(FactorCache):
     """`FactorCache` whose numbers take one byte each, and four bytes of scale per token, rank and side.
 
     Args:
-        config: a `CacheLayout`, or a layer or model with the attribute `cache_layout`.
+        config: a `CacheLayout`, a `ModelConfig`, or a layer or model with the attribute `cache_layout`.
         batch: sequences, >= 1.
         max_len: capacity in tokens, >= 1.
         kind: "int8" or "fp8_e4m3".
-        records: layouts of the K and V records; those of `config` (`k_record`, `v_record`) if None.
+        records: layouts of the K and V records, needed for a bare `CacheLayout`; those of the attention
+            layers if None.
         device: where the buffers live; the default device if None.
         dtype: floating type that `append` returns; the default dtype if None.
         fixed_shape: as in `FactorCache`.
         rewind: as in `FactorCache`.
 
     Raises:
-        TypeError: if `config` has no cache layout, the records are not known or `dtype` is not floating.
+        TypeError: if `config` has no cache layout, the records are not known (a `CacheLayout`, or layers that
+            cache no factors) or `dtype` is not floating.
         ValueError: if a number is out of range, `kind` is another word, or the records do not fit the layout.
     """
 
     def __init__(
         self,
-        config: CacheLayout | Any,
+        config: CacheLayout | ModelConfig | Any,
         batch: int,
         max_len: int,
         *,
@@ -60,10 +65,10 @@ class QuantizedFactorCache(FactorCache):
     ) -> None:
         check_kind(kind)
         layout = layout_of(config)
-        k_record, v_record = records or (getattr(config, f"{name}_record", None) for name in "kv")
+        k_record, v_record = records or _records_of(config)
         if not isinstance(k_record, RecordLayout) or not isinstance(v_record, RecordLayout):
             raise TypeError(
-                "records must be two RecordLayouts where config has no k_record and v_record, "
+                "records must be two RecordLayouts where config has no TPAttention layer, "
                 f"got {records!r} with {type(config)}"
             )
         numbers = k_record.numbers, v_record.numbers
@@ -88,7 +93,8 @@ class QuantizedFactorCache(FactorCache):
                 for width in widths
             )
             self._k_scale, self._v_scale = (
-                [torch.ones(*rows, record.rank, device=device) for _ in layers] for record in self.records
+                [torch.ones(*rows, _scales_per_token(record), device=device) for _ in layers]
+                for record in self.records
             )
 
     @property
@@ -280,7 +286,7 @@ class QuantizedFactorCache(FactorCache):
     def _packed(self, record: RecordLayout, x: Tensor) -> tuple[Tensor, Tensor]:
         """Bytes of records as int8, and their scales."""
         if record.numbers == 0:
-            return x.new_zeros(*x.shape[:2], 0, dtype=torch.int8), x.new_ones(*x.shape[:2], record.rank)
+            return x.new_zeros(*x.shape[:2], 0, dtype=torch.int8), x.new_ones(*x.shape[:2], 0)
         a, b, scale = quantize_factors(*record.views(x), self.kind)
         given = [part.view(torch.int8).flatten(2) for part in (b, a) if part is not None]
         padding = record.padded(1) - record.numbers
@@ -299,6 +305,20 @@ class QuantizedFactorCache(FactorCache):
         elif b is not None:
             b = b * scale.unsqueeze(-1)
         return record.pack(*(None if part is None else part.to(self.dtype) for part in (a, b)))
+
+
+def _records_of(config: CacheLayout | ModelConfig | Any) -> tuple[RecordLayout | None, RecordLayout | None]:
+    """Layouts of the K and V records of the attention layers of a configuration, a layer or a model."""
+    if isinstance(config, ModelConfig):
+        config = attention(config, device="meta", dtype=None, generator=None)
+    modules = config.modules() if isinstance(config, torch.nn.Module) else ()
+    layer = next((module for module in modules if isinstance(module, TPAttention)), None)
+    return (None, None) if layer is None else (layer.k_record, layer.v_record)
+
+
+def _scales_per_token(record: RecordLayout) -> int:
+    """One per rank, none where the record holds nothing."""
+    return record.rank if record.numbers else 0
 
 
 def _expanded_bias(attn_bias: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
