@@ -76,6 +76,22 @@ def compile_for_any_length(rank, world_size):
     return [[[x.detach() for x in side] for side in pair] for pair in found], len(graphs)
 
 
+def compiled_layer(rank, world_size):
+    """Output and gradients of a compiled and of a plain layer through the operators, which answer plainly."""
+    dispatch.kernel_problem = lambda _: None  # of the CPU, in this process
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        generator = torch.Generator().manual_seed(0)
+        layer = TPAttention(24, 3, 8, 3, 2, 2, impl="triton", zero_init_output=False, generator=generator)
+        x = torch.randn(2, 9, 24, generator=generator)
+        for call in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+                y = call(x)
+            grads = torch.autograd.grad(y.float().square().mean(), list(layer.parameters()))
+            found.append([z.detach() for z in (y, *grads)])
+    return found
+
+
 def chosen_under_compile(rank, world_size):
     """What a compiled function is told about kernels on this device, without a break in its graph."""
 
@@ -201,6 +217,14 @@ def test_one_graph_without_breaks_trains_at_every_length(run_distributed):
     for compiled, eager in found:
         for one, other in zip(compiled, eager, strict=True):
             assert torch.equal(one, other)
+
+
+@pytest.mark.slow
+def test_a_compiled_layer_trains_through_the_operators_as_the_plain_one(run_distributed):
+    ((plain, compiled, plain_cast, compiled_cast),) = run_distributed(compiled_layer, 1, timeout=120)
+    assert plain_cast[0].dtype == torch.bfloat16
+    for one, other in zip((*compiled, *compiled_cast), (*plain, *plain_cast), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.slow
