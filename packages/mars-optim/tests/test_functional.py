@@ -12,7 +12,7 @@ from trajectories import TYPES, assert_same, draw, run_mars, run_reference, vary
 
 from mars_optim.torch import MARS, UpdateRule, clip_by_norm, gradient_correction, mars, quasi_hyperbolic
 
-ROUNDING = 1e-12  # 12 steps of float64 arithmetic on numbers of order one: below 1e4 ulp
+ROUNDING = 1e-12  # 6 steps of float64 arithmetic on numbers of order one: below 1e4 ulp
 BASE = Options(lr=0.02, betas=(0.9, 0.95), gamma=0.09, lr_1d_ratio=0.5, reference_lr=0.02)
 # gradients of these shapes have norms 2 to 6: clip=4 clips some of them, 0.5 all
 CLIPS = {"no clip": None, "mixed": 4.0, "always clipped": 0.5}

@@ -17,11 +17,7 @@ def run(*words, prelude=""):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
 
 
-def test_info_shows_versions_extras_and_backends():
-    pytest.importorskip("torch", reason="the backends need torch")
-    done = subprocess.run(
-        [sys.executable, "-m", "mars_optim", "info"], capture_output=True, text=True, timeout=300
-    )
+def assert_shows_versions_and_backends(done):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith(f"mars-optim {mars_optim.__version__}, Python 3.")
@@ -29,6 +25,26 @@ def test_info_shows_versions_extras_and_backends():
     assert lines[1].endswith(": works")
     assert "backend for-loop on cpu: works" in lines
     assert "backend foreach on cpu: works" in lines
+
+
+def test_info_shows_versions_extras_and_backends():
+    pytest.importorskip("torch", reason="the backends need torch")
+    # without jax and transformers, whose import takes seconds
+    done = run("info", prelude="import sys; sys.modules.update(jax=None, transformers=None)")
+    assert_shows_versions_and_backends(done)
+    lines = {line.split(":")[0]: line for line in done.stdout.splitlines()}
+    for extra in ("jax", "hf"):
+        assert "does not work" in lines[f"extra [{extra}]"]
+        assert f'pip install "mars-optim[{extra}]"' in lines[f"extra [{extra}]"]
+
+
+@pytest.mark.slow  # imports every extra there is
+def test_the_module_is_a_command_that_looks_at_every_extra():
+    pytest.importorskip("torch", reason="the backends need torch")
+    command = [sys.executable, "-m", "mars_optim", "info"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert_shows_versions_and_backends(done)
+    assert all(f"extra [{extra}]: " in done.stdout for extra in command_line.EXTRAS)
 
 
 def test_info_without_torch_says_why_and_what_to_install():

@@ -105,7 +105,7 @@ def test_second_step_does_not_compile_again():
 
 @pytest.mark.parametrize("mars_type", TYPES)
 def test_every_type_minimises_a_quadratic(mars_type):
-    target = tree(1)
+    target = pair(1)
     tx = mars(
         optax.linear_schedule(0.2, 0.0, 300),
         mars_type,

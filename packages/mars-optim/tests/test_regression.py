@@ -1,5 +1,7 @@
 """300 steps on real digits: every type, in both forms, ends in its corridor of training loss."""
 
+from functools import cache
+
 import pytest
 import torch
 from trajectories import TYPES
@@ -19,6 +21,7 @@ MEASURED = {
 CORRIDOR = 0.15
 
 
+@cache
 def digits():
     datasets = pytest.importorskip("sklearn.datasets")
     x, y = datasets.load_digits(return_X_y=True)

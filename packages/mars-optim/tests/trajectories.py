@@ -9,10 +9,11 @@ from reference import Mars, Options
 from mars_optim.torch import MARS
 
 SHAPES = ((6, 4), (3, 8), (5,), (2, 3, 3, 2), (1, 4), (7, 1))
+STEPS = 6  # every branch has been taken by the third
 TYPES = ("adamw", "lion", "shampoo", "m", "sgd")
 
 
-def draw(seed, shapes=SHAPES, steps=12, size=1.0):
+def draw(seed, shapes=SHAPES, steps=STEPS, size=1.0):
     """Parameters, and gradients and reference gradients of every step: arrays in float64."""
     rng = np.random.default_rng(seed)
     parameters = [rng.normal(size=shape) for shape in shapes]
@@ -54,7 +55,7 @@ def run_mars(drawn, options, *, dtype=torch.float64, **extra):
     return [p.detach().double().numpy() for p in params]
 
 
-def varying(o: Options, steps=12):
+def varying(o: Options, steps=STEPS):
     """A schedule that moves lr, both betas and gamma."""
     return [
         replace(
