@@ -51,6 +51,15 @@ def test_a_name_is_what_is_chosen(impl):
     assert dispatch.chosen(impl, None, torch.ones(1)) == impl
 
 
+def test_a_type_that_the_kernels_do_not_take_is_named(monkeypatch):
+    monkeypatch.setattr(dispatch, "HAS_TRITON", True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    single, double = torch.ones(1), torch.ones(1, dtype=torch.float64)
+    assert dispatch.chosen("triton", None, single) == "triton"
+    with pytest.raises(RuntimeError, match="it takes float32, float16 and bfloat16, got torch"):
+        dispatch.chosen("triton", single, double)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("dtype", "needs_gradient", "expected"),

@@ -62,6 +62,10 @@ def test_gpu_memory_adds_the_longest_context(capsys):
     text = output(capsys, "cache-size", "--preset", "small", "--gpu-memory", "1.5")
     assert "longest context" in text
     assert f"{expected:,}" in text
+    assert "does not fit" not in text
+    assert "tpa does not fit: its weights" in output(
+        capsys, "cache-size", "--preset", "small", "--gpu-memory", "0.1"
+    )
 
 
 def test_flops_of_given_sizes_are_those_of_example_one(capsys):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 
 import pytest
@@ -18,7 +19,7 @@ CONTEXT = 48
 UNKNOWN = "?"
 
 
-def save_model(directory, vocab_size=256):
+def save_model(directory, vocab_size=256, **options):
     from tpa_attention.torch.hf import T6Config, T6ForCausalLM
 
     config = T6Config(
@@ -34,6 +35,7 @@ def save_model(directory, vocab_size=256):
         init="normal",
         zero_init_output=False,
         tie_word_embeddings=False,
+        **options,
     )
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -155,6 +157,9 @@ def test_a_prompt_without_a_tokenizer_needs_a_vocabulary_of_bytes(capsys, tmp_pa
         ),
         (["--prompt", "a", "--temperature", "inf"], "temperature must be finite and >= 0, got inf"),
         (["--prompt", "a", "--device", "abacus"], "device must be one that torch can use here, got 'abacus'"),
+        (["--prompt", "a", "--device", "meta"], "device must be one that torch can use here, got 'meta'"),
+        (["--prompt", "a", "--seed", -1], "seed must be in [0, 2^63), got -1"),
+        (["--prompt", "a", "--seed", 2**63], "seed must be in [0, 2^63), got 9223372036854775808"),
     ],
 )
 def test_a_wrong_prompt_is_refused(capsys, byte_model, words, message):
@@ -168,12 +173,28 @@ def test_a_wrong_prompt_is_refused(capsys, byte_model, words, message):
         ("[]", "is no model configuration"),
         ('{"model_type": "llama"}', "model must be of type 't6', got 'llama'"),
         ('{"model_type": "t6", "vocab_size": 0}', "vocab_size must be >= 1, got 0"),
+        ('{"model_type": "t6", "vocab_size": "x"}', "cannot be loaded: vocab_size must be an int, got 'x'"),
         ('{"model_type": "t6"}', "no file named"),
     ],
 )
 def test_a_directory_without_a_t6_is_refused(capsys, tmp_path, config, message):
     (tmp_path / "config.json").write_text(config)
     assert message in refusal(capsys, 2, "generate", tmp_path, "--prompt", "a")
+
+
+def test_damaged_weights_are_refused(capsys, byte_model, tmp_path):
+    shutil.copy(byte_model[0] / "config.json", tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"no tensors")
+    assert "cannot be loaded: Error while deserializing" in refusal(
+        capsys, 2, "generate", tmp_path, "--prompt", "a"
+    )
+
+
+def test_a_model_that_cannot_use_a_cache_generates_without(capsys, tmp_path):
+    model = save_model(tmp_path, kv_shift=True)
+    expected = model.generate(torch.tensor([[1, 2]]), max_new_tokens=4, do_sample=False)[0].tolist()
+    printed = output(capsys, "generate", tmp_path, "--tokens", "1,2", "--max-new-tokens", 4)
+    assert printed == ",".join(map(str, expected)) + "\n"
 
 
 def test_generate_without_transformers_says_what_to_install(capsys, byte_model, monkeypatch):

@@ -243,6 +243,8 @@ def _print(table: Comparison, columns: tuple[str, ...], options: argparse.Namesp
         more = table.more_parameters(row.name)
         if more > 0.05:
             yield f"{row.name} has {100 * more:.1f} % more parameters than {table.baseline}"
+        if "max_context" in columns and row.max_context is None:
+            yield f"{row.name} does not fit: its weights alone take more than --gpu-memory"
 
 
 # ------------------------------------------------------------------------------------- what needs a framework

@@ -49,24 +49,28 @@ def generate(
         top_k: sample among so many likeliest tokens; None for all.
         seed: of the sampling.
         device: of torch.
-        use_cache: decode from cached factors; without, every token is computed from the whole text.
+        use_cache: decode from cached factors, if the model can; without, every token is computed from the
+            whole text.
 
     Raises:
         ImportError: without torch or transformers.
         ValueError: if the directory holds no T6, a token is outside of its vocabulary, the prompt is empty or
-            has no tokenizer, the device cannot be used, the temperature is negative, or prompt and
+            has no tokenizer, the device cannot be used, temperature or seed are out of range, or prompt and
             continuation do not fit into the context.
     """
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be finite and >= 0, got {temperature}")
     if temperature == 0 and top_k is not None:
         raise ValueError(f"top_k needs a temperature > 0, got top_k {top_k}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be in [0, 2^63), got {seed}")
     path = model_directory(directory, "t6")
-    load = auto_model()
     import torch
 
+    from .torch import hf  # noqa: F401  # says what to install where transformers is missing
+
     check_device(device)
-    model = load(path, local_files_only=True).to(device).eval()
+    model = load_model(path).to(device).eval()
     tokenizer = None if tokens is not None else load_tokenizer(path, model.config.vocab_size)
     given = tokens if tokens is not None else encode(tokenizer, prompt or "")
     check_tokens(given, model.config.vocab_size)
@@ -80,7 +84,7 @@ def generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
-            use_cache=use_cache,
+            use_cache=use_cache and model.config.use_cache,
             do_sample=False,
             logits_processor=processors,
         )
@@ -127,9 +131,8 @@ def convert(
     path, target = model_directory(directory, "llama"), Path(output)
     if target.exists():
         raise ValueError(f"output must not exist yet, got {output}")
-    load = auto_model()
     conversion = import_module(".torch.convert", __package__)
-    llama = load(path, local_files_only=True).eval()
+    llama = load_model(path).eval()
     heads = llama.config.num_key_value_heads
     model, report = conversion.convert_hf_llama(
         llama,
@@ -168,15 +171,22 @@ def model_directory(directory: str, model_type: str) -> Path:
     return path
 
 
-def auto_model() -> Callable[..., Any]:
-    """AutoModelForCausalLM.from_pretrained, which knows T6 once our classes are imported.
+def load_model(path: Path) -> Any:
+    """The model that is saved in a directory, by AutoModelForCausalLM, which knows T6.
 
     Raises:
         ImportError: with what to install.
+        OSError: if a file is missing.
+        ValueError: if the files hold no such model.
     """
-    from .torch import hf  # noqa: F401  # registers
+    from .torch import hf  # noqa: F401  # registers T6
 
-    return import_module("transformers").AutoModelForCausalLM.from_pretrained
+    load = import_module("transformers").AutoModelForCausalLM.from_pretrained
+    damaged = import_module("safetensors").SafetensorError
+    try:
+        return load(path, local_files_only=True)
+    except (TypeError, RuntimeError, damaged) as error:  # an option of a wrong type, other shapes, no tensors
+        raise ValueError(f"model in {path} cannot be loaded: {error}") from error
 
 
 def load_tokenizer(path: Path, vocab_size: int) -> Any:
@@ -212,7 +222,7 @@ def check_device(device: str) -> None:
     import torch
 
     try:
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # the meta device has no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # as the builds of torch differ
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"device must be one that torch can use here, got {device!r}: {reason}") from None

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-MAX_DECODE_TOKENS = 16
+MAX_DECODE_TOKENS = 16  # more queries are a prefill
 Named = Sequence[tuple[str, Tensor | None, str]]
 
 

@@ -21,9 +21,10 @@ from tpa_attention import _checks
 from tpa_attention.config import IMPLS, INITS, RopeConfig
 
 from . import inputs
+from .arguments import MAX_DECODE_TOKENS
 from .cache import CacheLayout, LayerCache
 from .factor_maps import empty_linear, init_linear
-from .layers import MAX_DECODE_TOKENS, TPAttention
+from .layers import TPAttention
 from .masks import packed_places, ragged_mask
 from .rope import rope as apply_rope
 from .rows import NORM_EPS, rms_norm

@@ -39,8 +39,8 @@ def attention_problem(factors: Factors, attn_mask: Tensor | None) -> str | None:
     """What of a call with whole sequences the kernel does not take; None if it takes it."""
     if attn_mask is not None:
         return "its kernel for whole sequences takes no attn_mask; use impl='auto' or 'sdpa'"
-    if (dtype := compute_type(factors)) not in KERNEL_TYPES:
-        return f"it takes float32, float16 and bfloat16, got {dtype}; use impl='auto' or 'sdpa'"
+    if reason := type_problem([compute_type(factors)]):
+        return reason
     if (width := max(factors[1].shape[3], factors[5].shape[3])) > MAX_KERNEL_WIDTH:
         return f"it takes heads up to {MAX_KERNEL_WIDTH} wide, got {width}; use impl='auto' or 'sdpa'"
     return None
@@ -82,19 +82,29 @@ def attend_by_kernel(
 
 def chosen(impl: str, *tensors: Tensor | None) -> str:
     """What "auto" decodes with: the kernel where device, types and gradients allow it, else blocks."""
+    if impl not in ("auto", "triton"):
+        return impl
     present = [tensor for tensor in tensors if tensor is not None]
     device = present[0].device
-    if impl == "triton" and (reason := kernel_problem(device)):
-        raise RuntimeError(f"impl='triton' cannot run: {reason}")
-    if impl != "auto":
+    reason = kernel_problem(device) or type_problem([tensor.dtype for tensor in present])
+    if impl == "triton":
+        if reason:
+            raise RuntimeError(f"impl='triton' cannot run: {reason}")
         return impl
     usable = (
         device.type == "cuda"
-        and kernel_problem(device) is None
-        and all(tensor.dtype in KERNEL_TYPES for tensor in present)
+        and reason is None
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in present))
     )
     return "triton" if usable else "blockwise"
+
+
+def type_problem(dtypes: list[torch.dtype]) -> str | None:
+    """Which of the types the kernels do not take; None if they take all."""
+    for dtype in dtypes:
+        if dtype not in KERNEL_TYPES:
+            return f"it takes float32, float16 and bfloat16, got {dtype}; use impl='auto'"
+    return None
 
 
 def kernel_problem(device: torch.device) -> str | None:
@@ -123,10 +133,8 @@ def by_kernel(
     rank_scale: bool,
 ) -> tuple[Tensor, Tensor]:
     """The operator `tpa::decode`, which takes whole factors of logits and outputs and an expanded bias."""
-    if bq.device.type == "cuda":
-        from tpa_attention.torch.ops import decode
-    else:  # interpreted, see `kernel_problem`; the operator has no kernel for the CPU
-        from tpa_attention.torch.kernels.decode import decode_triton as decode
+    from tpa_attention.torch.ops import decode
+
     factor = logit_scale(scale, bq.shape[-1]) * rank_factor(aq, rank_scale) * rank_factor(ak, rank_scale)
     M = ak.shape[1] * (1 if block_table is None else block_table.shape[1])
     mask, bias = split_mask(attn_bias)

@@ -22,6 +22,7 @@ from tpa_attention import _checks
 from tpa_attention.config import HEAD_ACTIVATIONS, IMPLS, INITS, RopeConfig
 
 from . import blockwise, dispatch, inputs
+from .arguments import MAX_DECODE_TOKENS
 from .cache import CacheLayout, LayerCache
 from .cache_protocol import decodes_in_place, store
 from .factor_maps import FactorMap, empty_linear, init_a, init_b, init_linear, project
@@ -31,7 +32,6 @@ from .kv_shift import KVShift, zero_padding
 from .masks import ragged_mask
 from .rows import NORM_EPS, activate, expand, norm_parts, rms_norm, rotate_blocks, rotate_first
 
-MAX_DECODE_TOKENS = 16  # more new tokens against a cache are prefill
 IN_PLACE = ("auto", "triton")  # implementations that read records in pages or in eight bits
 
 
