@@ -76,6 +76,17 @@ def attend(case, plan=None):
     return results(case, *kernels(plan))
 
 
+def attend_with_nan(case, plan):
+    """The call where gradients by log-sum-exp are NaN for rows without keys, as those of -inf may be."""
+    forward, backward = kernels(plan)
+
+    def poisoned(dout, dlse, *arguments):
+        lse = arguments[7]
+        return backward(dout, dlse.masked_fill(lse == -torch.inf, torch.nan), *arguments)
+
+    return results(case, forward, poisoned)
+
+
 def attend_pipelined(case, plan):
     """The call with the loops that the compiler pipelines, in place of the portable ones."""
     from tpa_attention.torch.kernels import prefill, prefill_backward
@@ -161,6 +172,13 @@ def test_a_query_without_keys_gives_zero_and_minus_infinity_and_no_gradient(trit
     assert lse[:, 31:].isfinite().all()
     assert (daq[:, dead] == 0).all()
     assert (dbq[:, dead] == 0).all()
+
+
+def test_no_gradient_of_a_query_without_keys_reaches_the_others(triton_interpreter):
+    case = KEYS_SEEN["more queries than keys"]
+    assert_same_bits(
+        triton_interpreter(attend_with_nan, case, BLOCKS), triton_interpreter(attend, case, BLOCKS)
+    )
 
 
 def test_without_any_key_or_query_there_is_nothing_to_run(triton_interpreter):

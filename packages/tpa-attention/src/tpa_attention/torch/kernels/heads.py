@@ -34,14 +34,13 @@ def expanded(a: Tensor | None, b: Tensor, first_head: int, heads: int) -> Tensor
 
     Args:
         a: head factors (B, T, R, H), any strides.
-        b: feature factors (B, T, R, width), or X of all heads, (B, T, H, width).
+        b: feature factors (B, T, R, width), `aligned`, or X of all heads, (B, T, H, width).
         first_head: the first.
         heads: how many.
     """
     if a is None:
         return aligned(b[:, :, first_head : first_head + heads]).transpose(1, 2)
     B, T, R, _ = a.shape
-    b = aligned(b)
     x = b.new_empty(B, heads, T, b.shape[3])
     block = 16 if INTERPRETED else _TOKENS
     _expand[(triton.cdiv(T, block) * B * triton.cdiv(heads, _HEADS),)](

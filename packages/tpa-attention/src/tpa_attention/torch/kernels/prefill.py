@@ -37,7 +37,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .decode_config import padded
-from .heads import INTERPRETED, expanded
+from .heads import INTERPRETED, aligned, expanded
 from .prefill_config import FORWARD_SHARE, Plan, choose_heads, choose_plan
 
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -95,9 +95,10 @@ def prefill_triton(
         bq, scale = -bq, -scale
     plan = choose_plan(bq.element_size(), D, E) if plan is None else plan
     tile = plan.forward
+    pairs = ((aq, aligned(bq)), (ak, aligned(bk)), (av, aligned(bv)))
     with on_device(bq.device):
         for first, heads in parts(plan, FORWARD_SHARE, B, T, H, bq.device):
-            q, k, v = (expanded(a, b, first, heads) for a, b in ((aq, bq), (ak, bk), (av, bv)))
+            q, k, v = (expanded(a, b, first, heads) for a, b in pairs)
             _attend[(triton.cdiv(T, tile.queries) * B * heads,)](
                 q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3], out, lse,
                 *((None, None) if intervals is None else (intervals.key_from, intervals.key_to)),

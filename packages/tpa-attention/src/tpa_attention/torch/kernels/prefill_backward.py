@@ -56,7 +56,7 @@ def prefill_backward_triton(
     """Gradients of the six factors, contiguous; that of an aq that is None is empty. See `..prefill_ops`."""
     B, T, _, D = bq.shape
     M, H, E = ak.shape[1], ak.shape[3], bv.shape[3]
-    pairs = ((aq, bq), (ak, bk), (av, bv))
+    pairs = ((aq, aligned(bq)), (ak, aligned(bk)), (av, aligned(bv)))
     if B * T * M == 0:
         nothing = [bq.new_zeros(0 if x is None else x.shape) for pair in pairs for x in pair]
         return nothing[0], nothing[1], nothing[2], nothing[3], nothing[4], nothing[5]
