@@ -33,7 +33,7 @@ def test_a_step_that_the_host_does_not_see_goes_where_lengths_and_table_point():
         with recorded(cache):
             found = layer(x[:, t : t + 1], cache=cache)
         torch.testing.assert_close(found, layer(x[:, : t + 1])[:, -1:], rtol=0, atol=ROUNDING)
-    assert cache.seq_lens(0).tolist() == [14, 14]
+    assert cache.seq_lens.tolist() == [14, 14]
     assert cache.block_table.data_ptr() == table.data_ptr()
     assert cache.view(0)[3].data_ptr() == lengths.data_ptr()
     assert torch.equal(cache.block_table, table)  # four pages each by now, in the tensor of the first step
@@ -130,4 +130,4 @@ def test_a_cuda_graph_decodes_in_place_as_the_cache_grows(name, kind):
             graph.replay()
             truth = expected[t - 19]
             assert (row - truth).norm() <= 2**-7 * truth.norm()  # bfloat16; the newest key alone weighs 1/40
-    assert cache.seq_lens(0).tolist() == [40, 40] if kind.startswith("pages") else True
+    assert cache.seq_lens.tolist() == [40, 40]

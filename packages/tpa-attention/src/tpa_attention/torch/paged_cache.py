@@ -87,7 +87,7 @@ class PagedFactorCache(PagedSequences):
         k: Float[Tensor, "B T Wk"],
         v: Float[Tensor, "B T Wv"],
         positions: Int[Tensor, "B T"] | None = None,
-    ) -> tuple[Float[Tensor, "B M Wk"], Float[Tensor, "B M Wv"], Int[Tensor, " B"] | None]:
+    ) -> tuple[Float[Tensor, "B M Pk"], Float[Tensor, "B M Pv"], Int[Tensor, " B"] | None]:
         """`write`, and then the records of all tokens in order, gathered, with their number per sequence.
 
         None for the lengths means that all sequences are equally long. `decode` gathers nothing.

@@ -114,10 +114,11 @@ class PagedSequences:
         self._upload()
         return self._table[: self._rows]
 
-    def seq_lens(self, layer: int) -> Int[Tensor, " B"]:
-        """Tokens of each sequence that a layer has stored, int32."""
-        self._check_layer(layer)
-        return self._counted(layer).clone()
+    @property
+    def seq_lens(self) -> Int[Tensor, " B"]:
+        """Tokens that every layer holds of each sequence, int32 on the cache's device."""
+        self._upload()
+        return self._lengths[:, : self._rows].amin(dim=0)
 
     def last_hidden(self, layer: int) -> Float[Tensor, "B d"] | None:
         """Input of the layer at the last token; None before the first token of any sequence."""

@@ -114,7 +114,7 @@ class QuantizedFactorCache(FactorCache):
         k: Float[Tensor, "B T Wk"],
         v: Float[Tensor, "B T Wv"],
         positions: Int[Tensor, "B T"] | None = None,
-    ) -> tuple[Float[Tensor, "B M Wk"], Float[Tensor, "B M Wv"], Int[Tensor, " B"] | None]:
+    ) -> tuple[Float[Tensor, "B M Pk"], Float[Tensor, "B M Pv"], Int[Tensor, " B"] | None]:
         """`write`, and then the records of all tokens in `dtype`, with their number per sequence or None."""
         lengths = self.write(layer, k, v, positions)
         return *self.read(layer, 0, self.extent(layer)), lengths
