@@ -3,7 +3,8 @@
     x'_t = mu * x_t + (1 - mu) * x_{t-1},   mu in R^d learned, initially 1,   x_{-1} = 0
 
 The shift acts before the factor maps, so cached factors keep their rank and the cache only adds the newest
-hidden states of each sequence (`hidden_history.py`). The paper names the idea in its introduction without a formula; this is ours.
+hidden states of each sequence (`hidden_history.py`). The paper names the idea in its introduction without a
+formula; this is ours.
 """
 
 import torch
