@@ -54,7 +54,7 @@ class Target:
     ranks: tuple[int, int, int]
     sizes: tuple[tuple[int, int], ...]
     kind: str = ""
-    tried: int = 14
+    tried: int = 12
 
     @property
     def shape(self) -> Shape:
@@ -76,40 +76,42 @@ SMALL = ((1, 1024), (1, 2**13))
 # the two kinds of 8 bits share an entry: their bytes are the same
 TARGETS = [
     *(Target(h, D, (16, 1, 1), LARGE) for h in (32, 64) for D in (64, 128)),
-    *(Target(h, D, (16, 2, 2), LARGE, tried=10) for h in (32, 64) for D in (64, 128)),
-    *(Target(h, D, (0, 1, 1), LARGE, tried=8) for h in (32, 64) for D in (64, 128)),
-    *(Target(h, D, (16, 1, 1), LARGE, "int8", tried=14) for h in (32, 64) for D in (64, 128)),
+    *(Target(h, D, (16, 2, 2), LARGE, tried=8) for h in (32, 64) for D in (64, 128)),
+    *(Target(h, D, (0, 1, 1), LARGE, tried=6) for h in (32, 64) for D in (64, 128)),
+    *(Target(h, D, (16, 1, 1), LARGE, "int8", tried=7) for h in (32, 64) for D in (64, 128)),
     *(Target(h, 64, ranks, SMALL, tried=12) for h in (32, 64) for ranks in ((16, 1, 1), (16, 2, 2))),
 ]
 
 
 def candidates(shape: Shape) -> list[Cut]:
-    """Cuts worth trying, the rule's own at the head, then about the likeliest first.
+    """Cuts worth trying, the likeliest first, the rule's own at the head.
 
     Args:
         shape: to cut.
     """
+    rule = replace(choose_cut("rule", shape), factored=False)
     rows = padded_rows(shape)
+    warps = max(1, rows // 16)
+
+    def cut(tokens: int, block_rows: int, num_warps: int, stages: int, warps_side_by_side: int) -> Cut:
+        programs = max(1, warps_side_by_side // num_warps)
+        return Cut(tokens, block_rows, False, num_warps, stages, programs)
+
     half = max(16, rows // 2)
-    wide = max(1, rows // 32)  # a warp per 32 rows, and multiples of it
-    rule = choose_cut("rule", shape)
     found = [
-        replace(rule, factored=False),
-        Cut(64, rows, False, 2 * wide, 3, max(1, 4 // wide)),
-        Cut(64, rows, False, 4, 3, 2),
-        Cut(32, rows, False, wide, 3, max(1, 8 // wide)),
-        Cut(32, rows, False, 4, 3, 2),
-        Cut(32, rows, False, 2 * wide, 3, max(1, 4 // wide)),
-        Cut(64, rows, False, 8, 3, 1),
-        Cut(64, rows, False, 4, 3, 3),
-        *([replace(rule, factored=True)] if shape.q_rank is not None and shape.itemsize > 1 else []),
-        Cut(32, half, False, max(1, half // 32), 3, 8 // max(1, half // 32)),
-        Cut(64, half, False, 2, 3, 4),
-        Cut(128, rows, False, 4, 2, 2),
-        Cut(64, rows, False, 4, 4, 2),
-        Cut(16, rows, False, wide, 3, max(1, 8 // wide)),
-        Cut(32, rows, False, 4, 3, 3),
-        Cut(32, half, False, max(1, half // 16), 3, 8 // max(1, half // 16)),
+        rule,
+        cut(32, rows, warps, 3, 12),
+        cut(32, rows, warps, 3, 8),
+        cut(64, rows, 2 * warps, 3, 12),
+        cut(64, rows, 2 * warps, 3, 8),
+        cut(32, half, max(1, half // 16), 3, 12),
+        cut(64, rows, warps, 3, 8),
+        *([replace(cut(32, rows, warps, 3, 12), factored=True)] if shape.q_rank is not None else []),
+        cut(32, rows, warps, 4, 12),
+        cut(32, rows, warps, 3, 16),
+        cut(128, rows, 2 * warps, 2, 8),
+        cut(32, rows, warps, 2, 16),
+        cut(64, half, max(1, half // 16), 3, 8),
     ]
     return list(dict.fromkeys(found))
 

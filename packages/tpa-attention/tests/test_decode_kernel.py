@@ -42,7 +42,6 @@ TRITON_NAMES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.int8: "i8",
-    torch.int16: "i16",
     torch.float8_e4m3fn: "fp8e4nv",
     torch.int32: "i32",
     torch.int64: "i64",
@@ -257,9 +256,7 @@ def test_factors_are_read_where_they_lie(triton_interpreter, layout):
 @pytest.mark.parametrize("quantised", [torch.int8, torch.float8_e4m3fn], ids=str)
 def test_eight_bits_are_multiplied_by_their_scales(triton_interpreter, quantised):
     case = Case(quantised=quantised, k_rank=2, v_rank=3, queries=2, lens=(40, 13))
-    words = replace(case, heads=20, queries=1, v_width=6, batch=1, lens=(40,))  # of two, in two programs
-    triton_interpreter(compare, [replace(case, splits=2), replace(case, page=8, layout="record", heads=4)])
-    triton_interpreter(compare, [words], FLOAT32_ERROR, SMALL)
+    triton_interpreter(compare, [case, replace(case, splits=2), replace(case, page=8, layout="record")])
 
 
 def test_more_ranks_than_are_unrolled_agree(triton_interpreter):
@@ -392,7 +389,7 @@ def test_kernels_compile_for_cuda_use_tensor_cores_and_move_128_bits_at_a_time(n
     assert re.search(r"cp\.async\.c[ag]\.shared\.global[^;]*, 0x10", split)
     assert ("mma.sync" in split or "wgmma.mma_async" in split) == (case.dtype != torch.float32)
     assert re.search(r"ld\.global[^;]*v[24]\.b32", merge)
-    assert stack <= 64  # sixteen registers at most: an output tile in memory would be 128 bytes and more
+    assert stack < 64  # some addresses at most: an output tile in memory would be 128 bytes and more
 
 
 @pytest.mark.gpu

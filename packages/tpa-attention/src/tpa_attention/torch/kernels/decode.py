@@ -41,8 +41,7 @@ from .decode_config import (
     padded_rows,
     queries_per_program,
 )
-from .decode_tiles import query_of, take_in
-from .decode_words import words_of
+from .decode_tiles import columns_of_query, take_in
 
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _QUANTISED = (torch.int8, torch.float8_e4m3fn)
@@ -106,11 +105,6 @@ def decode_triton(
     own_queries = queries_per_program(heads, cut.block_rows, queries)
     columns = own_queries * shape.q_rank if shape.q_rank is not None else 1
     stages = cut.num_stages + (2 if page and cut.num_stages > 1 else 0)  # pages are looked up before
-    words = words_of(ak, bk, av, bv, to=compute)
-    if words:
-        ak, bk, av, bv = (factor.view(torch.int16) for factor in (ak, bk, av, bv))
-    pack = 2 if words else 1
-    factored = cut.factored and not words
     units = {name: _unit(factor) for name, factor in (("AK", ak), ("BK", bk), ("AV", av), ("BV", bv))}
     with torch.cuda.device(bq.device) if bq.device.type == "cuda" else nullcontext():
         _decode_split[(row_blocks * num_splits * batch,)](
@@ -124,15 +118,15 @@ def decode_triton(
             parts, part_lses,
             scale * math.log2(math.e), out_scale, capacity, window or 0, num_splits, row_blocks,
             N=queries, H=heads, D=head_dim, E=v_head_dim, RQ=shape.q_rank or 0, RK=shape.k_rank,
-            RV=shape.v_rank, PAGE=page, WINDOWED=window is not None, FACTORED=factored,
+            RV=shape.v_rank, PAGE=page, WINDOWED=window is not None, FACTORED=cut.factored,
             ONE_PAGE=page == 0 or (page % cut.block_m == 0 and window is None),
             COMPUTE=tl.float32 if _INTERPRETED else _TYPES[compute],
             OFFSET=tl.int32 if all(_spans_little(x, cut.block_m) for x in (ak, bk, av, bv)) else tl.int64,
             DIRECT=num_splits == 1, PIPELINED=not _INTERPRETED, STAGES=stages, **units,
             UNROLLED=max(shape.k_rank, shape.v_rank) <= UNROLLED_RANKS,
-            HEADS=padded_heads(heads), D_PAD=padded(head_dim // pack), E_PAD=padded(v_head_dim // pack),
-            A_COLUMNS=padded(min(cut.block_rows, padded_heads(heads)) // pack), WORDS=words,
-            COLUMNS=columns, BLOCK_C=padded(columns) if factored else min(_COLUMNS, padded(columns)),
+            HEADS=padded_heads(heads), D_PAD=padded(head_dim), E_PAD=padded(v_head_dim),
+            A_COLUMNS=padded(min(cut.block_rows, padded_heads(heads))),
+            COLUMNS=columns, BLOCK_C=padded(columns) if cut.factored else min(_COLUMNS, padded(columns)),
             BLOCK_R=cut.block_rows, BLOCK_M=cut.block_m, num_warps=cut.num_warps, maxnreg=cut.registers,
         )  # fmt: skip
         if num_splits > 1:
@@ -205,7 +199,7 @@ def _decode_split(
     PAGE: tl.constexpr, ONE_PAGE: tl.constexpr, WINDOWED: tl.constexpr, FACTORED: tl.constexpr,
     COMPUTE: tl.constexpr, OFFSET: tl.constexpr, DIRECT: tl.constexpr, PIPELINED: tl.constexpr,
     STAGES: tl.constexpr, UNROLLED: tl.constexpr, HEADS: tl.constexpr, D_PAD: tl.constexpr,
-    E_PAD: tl.constexpr, A_COLUMNS: tl.constexpr, COLUMNS: tl.constexpr, WORDS: tl.constexpr,
+    E_PAD: tl.constexpr, A_COLUMNS: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Attention of BLOCK_R (query, head) rows to one split of one sequence; its LSE, base 2 unless DIRECT.
@@ -240,23 +234,32 @@ def _decode_split(
     else:
         d = tl.arange(0, D_PAD)
         e = tl.arange(0, E_PAD)
-        PACK: tl.constexpr = 2 if WORDS else 1
-        columns = tl.arange(0, A_COLUMNS)  # heads of the program, or pairs of them
+        first_query = row_block * BLOCK_R // HEADS
+        c = tl.arange(0, BLOCK_C)
+        columns = tl.arange(0, A_COLUMNS)  # heads of the program
         if BLOCK_R < HEADS:
-            columns += row_block % (HEADS // BLOCK_R) * (BLOCK_R // PACK)
-        select = ((h[:, None] == columns[None, :] * PACK) & (h < H)[:, None]).to(COMPUTE)
-        q, mix = query_of(
-            aq, aq_b, aq_n, aq_r, aq_h, bq, bq_b, bq_n, bq_r, bq_d, b, row_block * BLOCK_R // HEADS, n, h,
-            d * PACK, scale, N, H, D, RQ, COLUMNS, FACTORED, COMPUTE, D_PAD, BLOCK_C, BLOCK_R,
-        )  # fmt: skip
-        select_odd, q_odd = select, q
-        y_odd = tl.zeros((BLOCK_R, E_PAD), dtype=tl.float32)
-        if WORDS:
-            select_odd = ((h[:, None] == columns[None, :] * 2 + 1) & (h < H)[:, None]).to(COMPUTE)
-            q_odd, _ = query_of(
-                aq, aq_b, aq_n, aq_r, aq_h, bq, bq_b, bq_n, bq_r, bq_d, b, row_block * BLOCK_R // HEADS, n, h,
-                d * 2 + 1, scale, N, H, D, RQ, COLUMNS, FACTORED, COMPUTE, D_PAD, BLOCK_C, BLOCK_R,
+            columns += row_block % (HEADS // BLOCK_R) * BLOCK_R
+        select = ((h[:, None] == columns[None, :]) & (columns < H)[None, :]).to(COMPUTE)
+        if RQ == 0:
+            q_at = b * bq_b + (n * bq_n + h * bq_r)[:, None] + d[None, :] * bq_d
+            q = tl.load(bq + q_at, mask=saved[:, None] & (d < D)[None, :], other=0.0).to(tl.float32) * scale
+            q = q.to(COMPUTE)
+            mix = q
+        elif FACTORED:
+            mix, q = columns_of_query(
+                aq, aq_b, aq_n, aq_r, aq_h, bq, bq_b, bq_n, bq_r, bq_d, b, first_query, n, h, c, d,
+                N, H, D, RQ, COLUMNS, COMPUTE,
             )  # fmt: skip
+        else:
+            formed = tl.zeros((BLOCK_R, D_PAD), dtype=tl.float32)
+            for start in tl.static_range(0, COLUMNS, BLOCK_C):
+                mix, rows = columns_of_query(
+                    aq, aq_b, aq_n, aq_r, aq_h, bq, bq_b, bq_n, bq_r, bq_d, b, first_query, n, h,
+                    start + c, d, N, H, D, RQ, COLUMNS, COMPUTE,
+                )  # fmt: skip
+                formed = tl.dot(mix, rows, acc=formed, input_precision="ieee")
+            q = (formed * scale).to(COMPUTE)
+            mix = q
 
         y = tl.zeros((BLOCK_R, E_PAD), dtype=tl.float32)
         total = tl.zeros((BLOCK_R,), dtype=tl.float32)
@@ -268,60 +271,56 @@ def _decode_split(
         if PIPELINED:
             if not WINDOWED:
                 for first in tl.range(begin, full, BLOCK_M, num_stages=STAGES):
-                    y, y_odd, total, top = take_in(
-                        y, y_odd, total, top, first, stop, length, q, q_odd, mix, select, select_odd, n, h,
-                        columns, d, e, b, scale,
+                    y, total, top = take_in(
+                        y, total, top, first, stop, length, q, mix, select, n, h, columns, d, e, b, scale,
                         ak, ak_b, ak_t, ak_r, ak_h, bk, bk_b, bk_t, bk_r, bk_d,
                         av, av_b, av_t, av_r, av_h, bv, bv_b, bv_t, bv_r, bv_e,
                         k_scale, ks_b, ks_t, ks_r, v_scale, vs_b, vs_t, vs_r,
                         bias, bias_b, bias_h, bias_n, bias_m, block_table, table_b, window,
                         N, H, D, E, RK, RV, AK, BK, AV, BV, PAGE, ONE_PAGE, WINDOWED, FACTORED, COMPUTE,
-                        WORDS, OFFSET, UNROLLED, HEADS, D_PAD, E_PAD, A_COLUMNS, BLOCK_R, BLOCK_M, False,
+                        OFFSET, UNROLLED, HEADS, D_PAD, E_PAD, A_COLUMNS, BLOCK_R, BLOCK_M, False,
                     )  # fmt: skip
             for first in tl.range(full, stop, BLOCK_M, num_stages=STAGES if WINDOWED else 1):
-                y, y_odd, total, top = take_in(
-                    y, y_odd, total, top, first, stop, length, q, q_odd, mix, select, select_odd, n, h,
-                    columns, d, e, b, scale,
+                y, total, top = take_in(
+                    y, total, top, first, stop, length, q, mix, select, n, h, columns, d, e, b, scale,
                     ak, ak_b, ak_t, ak_r, ak_h, bk, bk_b, bk_t, bk_r, bk_d,
                     av, av_b, av_t, av_r, av_h, bv, bv_b, bv_t, bv_r, bv_e,
                     k_scale, ks_b, ks_t, ks_r, v_scale, vs_b, vs_t, vs_r,
                     bias, bias_b, bias_h, bias_n, bias_m, block_table, table_b, window,
-                    N, H, D, E, RK, RV, AK, BK, AV, BV, PAGE, ONE_PAGE, WINDOWED, FACTORED, COMPUTE,
-                    WORDS, OFFSET, UNROLLED, HEADS, D_PAD, E_PAD, A_COLUMNS, BLOCK_R, BLOCK_M, True,
+                    N, H, D, E, RK, RV, AK, BK, AV, BV, PAGE, ONE_PAGE, WINDOWED, FACTORED, COMPUTE, OFFSET,
+                    UNROLLED, HEADS, D_PAD, E_PAD, A_COLUMNS, BLOCK_R, BLOCK_M, True,
                 )  # fmt: skip
         else:
             first = begin
             while first < full:
-                y, y_odd, total, top = take_in(
-                    y, y_odd, total, top, first, stop, length, q, q_odd, mix, select, select_odd, n, h,
-                    columns, d, e, b, scale,
+                y, total, top = take_in(
+                    y, total, top, first, stop, length, q, mix, select, n, h, columns, d, e, b, scale,
                     ak, ak_b, ak_t, ak_r, ak_h, bk, bk_b, bk_t, bk_r, bk_d,
                     av, av_b, av_t, av_r, av_h, bv, bv_b, bv_t, bv_r, bv_e,
                     k_scale, ks_b, ks_t, ks_r, v_scale, vs_b, vs_t, vs_r,
                     bias, bias_b, bias_h, bias_n, bias_m, block_table, table_b, window,
-                    N, H, D, E, RK, RV, AK, BK, AV, BV, PAGE, ONE_PAGE, WINDOWED, FACTORED, COMPUTE,
-                    WORDS, OFFSET, UNROLLED, HEADS, D_PAD, E_PAD, A_COLUMNS, BLOCK_R, BLOCK_M, False,
+                    N, H, D, E, RK, RV, AK, BK, AV, BV, PAGE, ONE_PAGE, WINDOWED, FACTORED, COMPUTE, OFFSET,
+                    UNROLLED, HEADS, D_PAD, E_PAD, A_COLUMNS, BLOCK_R, BLOCK_M, False,
                 )  # fmt: skip
                 first += BLOCK_M
             while first < stop:
-                y, y_odd, total, top = take_in(
-                    y, y_odd, total, top, first, stop, length, q, q_odd, mix, select, select_odd, n, h,
-                    columns, d, e, b, scale,
+                y, total, top = take_in(
+                    y, total, top, first, stop, length, q, mix, select, n, h, columns, d, e, b, scale,
                     ak, ak_b, ak_t, ak_r, ak_h, bk, bk_b, bk_t, bk_r, bk_d,
                     av, av_b, av_t, av_r, av_h, bv, bv_b, bv_t, bv_r, bv_e,
                     k_scale, ks_b, ks_t, ks_r, v_scale, vs_b, vs_t, vs_r,
                     bias, bias_b, bias_h, bias_n, bias_m, block_table, table_b, window,
-                    N, H, D, E, RK, RV, AK, BK, AV, BV, PAGE, ONE_PAGE, WINDOWED, FACTORED, COMPUTE,
-                    WORDS, OFFSET, UNROLLED, HEADS, D_PAD, E_PAD, A_COLUMNS, BLOCK_R, BLOCK_M, True,
+                    N, H, D, E, RK, RV, AK, BK, AV, BV, PAGE, ONE_PAGE, WINDOWED, FACTORED, COMPUTE, OFFSET,
+                    UNROLLED, HEADS, D_PAD, E_PAD, A_COLUMNS, BLOCK_R, BLOCK_M, True,
                 )  # fmt: skip
                 first += BLOCK_M
 
-        factor = (out_scale / tl.where(total > 0, total, 1.0))[:, None]
-        to = parts + at[:, None] * E + e[None, :] * PACK
-        own = saved[:, None] & (e < E // PACK)[None, :]
-        tl.store(to, (y * factor).to(parts.dtype.element_ty), mask=own)
-        if WORDS:
-            tl.store(to + 1, (y_odd * factor).to(parts.dtype.element_ty), mask=own)
+        y = y * (out_scale / tl.where(total > 0, total, 1.0))[:, None]
+        tl.store(
+            parts + at[:, None] * E + e[None, :],
+            y.to(parts.dtype.element_ty),
+            mask=saved[:, None] & (e < E)[None, :],
+        )
         lse = top + tl.log2(tl.where(total > 0, total, 1.0))
         if DIRECT:
             lse = lse * _LN2

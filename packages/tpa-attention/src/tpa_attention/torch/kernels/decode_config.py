@@ -202,12 +202,9 @@ def _rule(shape: Shape) -> Cut:
     while block_rows > 16 and block_rows * width > 8 * numbers:
         block_rows //= 2
     warps = min(8, max(2, block_rows // 16, -(-block_rows * width // numbers)))
-    tokens = 64 if _tile_bytes(shape, block_rows, 64) <= _TILE_BYTES else 32
-    if block_rows == 32 and shape.itemsize == 1:  # a warp converts what it multiplies: the fewer the better
-        warps = max(1, width // 64)
-        tokens = 16 if warps == 1 else 64  # a warp with 32 may spill
-    elif block_rows == 32:
+    if block_rows == 32:
         warps = max(4, warps)
+    tokens = 64 if _tile_bytes(shape, block_rows, 64) <= _TILE_BYTES else 32
     if single:
         tokens = 16
     tile = _tile_bytes(shape, block_rows, tokens)

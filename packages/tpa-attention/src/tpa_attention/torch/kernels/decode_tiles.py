@@ -14,10 +14,6 @@ never. Ranks are loops over separate products, none is padded.
 
 A number that is not finite in a row of A reaches all heads of that token, as one in B does anyway.
 
-Eight-bit numbers are read two by two as 16-bit words where their places allow it (`decode_words`), WORDS, and
-then move like bfloat16. The low bytes of a tile and the high ones take part in products of their own, with
-the even and the odd features of q, of the ones and zeros, and of y. What is odd has no use without words.
-
 The truth is `..reference`. Source: Zhang et al. 2025 (arXiv 2501.06425), Algorithm 2.
 """
 
@@ -31,13 +27,11 @@ import math
 import triton
 import triton.language as tl
 
-from .decode_words import high_bytes, low_bytes
-
 _LOG2E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
-def _columns_of_query(
+def columns_of_query(
     aq, aq_b, aq_n, aq_r, aq_h, bq, bq_b, bq_n, bq_r, bq_d, b, first_query, n, h, c, d,
     N: tl.constexpr, H: tl.constexpr, D: tl.constexpr, RQ: tl.constexpr, COLUMNS: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -52,38 +46,6 @@ def _columns_of_query(
     mix = tl.load(aq + a_at, mask=own, other=0.0).to(COMPUTE)
     rows = tl.load(bq + b_at, mask=valid[:, None] & (d[None, :] < D), other=0.0).to(COMPUTE)
     return mix, rows
-
-
-@triton.jit
-def query_of(
-    aq, aq_b, aq_n, aq_r, aq_h, bq, bq_b, bq_n, bq_r, bq_d, b, first_query, n, h, d, scale,
-    N: tl.constexpr, H: tl.constexpr, D: tl.constexpr, RQ: tl.constexpr, COLUMNS: tl.constexpr,
-    FACTORED: tl.constexpr, COMPUTE: tl.constexpr, D_PAD: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """Features d of q (rows, D) times the scale, or of B_Q with A_Q^T to mix its products; and that A_Q^T."""
-    c = tl.arange(0, BLOCK_C)
-    if RQ == 0:
-        q_at = b * bq_b + (n * bq_n + h * bq_r)[:, None] + d[None, :] * bq_d
-        known = ((n < N) & (h < H))[:, None] & (d < D)[None, :]
-        q = (tl.load(bq + q_at, mask=known, other=0.0).to(tl.float32) * scale).to(COMPUTE)
-        mix = q
-    elif FACTORED:
-        mix, q = _columns_of_query(
-            aq, aq_b, aq_n, aq_r, aq_h, bq, bq_b, bq_n, bq_r, bq_d, b, first_query, n, h, c, d,
-            N, H, D, RQ, COLUMNS, COMPUTE,
-        )  # fmt: skip
-    else:
-        formed = tl.zeros((BLOCK_R, D_PAD), dtype=tl.float32)
-        for start in tl.static_range(0, COLUMNS, BLOCK_C):
-            mix, rows = _columns_of_query(
-                aq, aq_b, aq_n, aq_r, aq_h, bq, bq_b, bq_n, bq_r, bq_d, b, first_query, n, h, start + c, d,
-                N, H, D, RQ, COLUMNS, COMPUTE,
-            )  # fmt: skip
-            formed = tl.dot(mix, rows, acc=formed, input_precision="ieee")
-        q = (formed * scale).to(COMPUTE)
-        mix = q
-    return q, mix
 
 
 @triton.jit
@@ -114,18 +76,12 @@ def _tile(at, inside, features_inside, MASKED: tl.constexpr, FULL: tl.constexpr)
 
 @triton.jit
 def _head_factors(
-    select, select_odd, at, scale_at, inside, heads_inside,
+    select, at, scale_at, inside, heads_inside,
     MASKED: tl.constexpr, FULL: tl.constexpr, SCALED: tl.constexpr, COMPUTE: tl.constexpr,
-    WORDS: tl.constexpr,
 ):  # fmt: skip
     """A of one rank as (rows, tokens)."""
-    x = _tile(at, inside, heads_inside, MASKED, FULL)
-    if WORDS:
-        a = tl.dot(select, tl.trans(low_bytes(x, WORDS, COMPUTE)), input_precision="ieee")
-        odd = tl.trans(high_bytes(x, WORDS, COMPUTE))
-        a = tl.dot(select_odd, odd, acc=a, input_precision="ieee")
-    else:
-        a = tl.dot(select, tl.trans(x.to(COMPUTE)), input_precision="ieee")
+    a = _tile(at, inside, heads_inside, MASKED, FULL).to(COMPUTE)
+    a = tl.dot(select, tl.trans(a), input_precision="ieee")
     if SCALED:
         if MASKED:
             a = a * tl.load(scale_at, mask=inside, other=0.0)[None, :]
@@ -136,51 +92,34 @@ def _head_factors(
 
 @triton.jit
 def _score_rank(
-    logits, q, q_odd, mix, scale, select, select_odd, a_at, b_at, scale_at,
-    inside, heads_inside, features_inside,
+    logits, q, mix, scale, select, a_at, b_at, scale_at, inside, heads_inside, features_inside,
     MASKED: tl.constexpr, A_FULL: tl.constexpr, B_FULL: tl.constexpr, SCALED: tl.constexpr,
-    FACTORED: tl.constexpr, COMPUTE: tl.constexpr, WORDS: tl.constexpr,
+    FACTORED: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Logits (rows, tokens) and the scores of one rank of K."""
-    x = _tile(b_at, inside, features_inside, MASKED, B_FULL)
-    if WORDS:
-        scores = tl.dot(q, tl.trans(low_bytes(x, WORDS, COMPUTE)), input_precision="ieee")
-        odd = tl.trans(high_bytes(x, WORDS, COMPUTE))
-        scores = tl.dot(q_odd, odd, acc=scores, input_precision="ieee")
-    else:
-        scores = tl.dot(q, tl.trans(x.to(COMPUTE)), input_precision="ieee")
+    b = _tile(b_at, inside, features_inside, MASKED, B_FULL).to(COMPUTE)
+    scores = tl.dot(q, tl.trans(b), input_precision="ieee")
     if FACTORED:
         scores = tl.dot(mix, (scores * scale).to(COMPUTE), input_precision="ieee")
-    a = _head_factors(
-        select, select_odd, a_at, scale_at, inside, heads_inside, MASKED, A_FULL, SCALED, COMPUTE, WORDS
-    )
+    a = _head_factors(select, a_at, scale_at, inside, heads_inside, MASKED, A_FULL, SCALED, COMPUTE)
     return logits + scores * a
 
 
 @triton.jit
 def _add_rank(
-    y, y_odd, p, select, select_odd, a_at, b_at, scale_at, inside, heads_inside, features_inside,
+    y, p, select, a_at, b_at, scale_at, inside, heads_inside, features_inside,
     MASKED: tl.constexpr, A_FULL: tl.constexpr, B_FULL: tl.constexpr, SCALED: tl.constexpr,
-    COMPUTE: tl.constexpr, WORDS: tl.constexpr,
+    COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Weighted values (rows, E) and those of one rank of V."""
-    a = _head_factors(
-        select, select_odd, a_at, scale_at, inside, heads_inside, MASKED, A_FULL, SCALED, COMPUTE, WORDS
-    )
-    x = _tile(b_at, inside, features_inside, MASKED, B_FULL)
-    weights = (p * a).to(COMPUTE)
-    if WORDS:
-        y = tl.dot(weights, low_bytes(x, WORDS, COMPUTE), acc=y, input_precision="ieee")
-        y_odd = tl.dot(weights, high_bytes(x, WORDS, COMPUTE), acc=y_odd, input_precision="ieee")
-    else:
-        y = tl.dot(weights, x.to(COMPUTE), acc=y, input_precision="ieee")
-    return y, y_odd
+    a = _head_factors(select, a_at, scale_at, inside, heads_inside, MASKED, A_FULL, SCALED, COMPUTE)
+    b = _tile(b_at, inside, features_inside, MASKED, B_FULL).to(COMPUTE)
+    return tl.dot((p * a).to(COMPUTE), b, acc=y, input_precision="ieee")
 
 
 @triton.jit
 def take_in(
-    y, y_odd, total, top, first, stop, length, q, q_odd, mix, select, select_odd, n, h,
-    columns, d, e, b, scale,
+    y, total, top, first, stop, length, q, mix, select, n, h, columns, d, e, b, scale,
     ak, ak_b, ak_t, ak_r, ak_h, bk, bk_b, bk_t, bk_r, bk_d,
     av, av_b, av_t, av_r, av_h, bv, bv_b, bv_t, bv_r, bv_e,
     k_scale, ks_b, ks_t, ks_r, v_scale, vs_b, vs_t, vs_r,
@@ -188,11 +127,11 @@ def take_in(
     N: tl.constexpr, H: tl.constexpr, D: tl.constexpr, E: tl.constexpr, RK: tl.constexpr, RV: tl.constexpr,
     AK: tl.constexpr, BK: tl.constexpr, AV: tl.constexpr, BV: tl.constexpr, PAGE: tl.constexpr,
     ONE_PAGE: tl.constexpr, WINDOWED: tl.constexpr, FACTORED: tl.constexpr, COMPUTE: tl.constexpr,
-    WORDS: tl.constexpr, OFFSET: tl.constexpr, UNROLLED: tl.constexpr,
-    HEADS: tl.constexpr, D_PAD: tl.constexpr, E_PAD: tl.constexpr, A_COLUMNS: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
+    OFFSET: tl.constexpr, UNROLLED: tl.constexpr, HEADS: tl.constexpr, D_PAD: tl.constexpr,
+    E_PAD: tl.constexpr, A_COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
-    """The running softmax (y, y_odd, total, top) after the tokens [first, first + BLOCK_M) below `stop`."""
+    """The running softmax (y, total, top) after the tokens [first, first + BLOCK_M) below `stop`."""
     j = tl.arange(0, BLOCK_M)
     t = first + j
     inside = t < stop
@@ -206,8 +145,7 @@ def take_in(
         page = tl.load(block_table + b * table_b + t // PAGE, mask=inside, other=0).to(tl.int64)
         slot = t.to(tl.int64) % PAGE
         scale_slot = slot
-    PACK: tl.constexpr = 2 if WORDS else 1  # numbers of a column of a tile
-    of_head, of_d, of_e = columns < H // PACK, d < D // PACK, e < E // PACK
+    of_head, of_d, of_e = columns < H, d < D, e < E
     k_a = _tile_at(ak, ak_b, ak_t, ak_h, page, slot, j, columns, AK, ONE_PAGE, OFFSET)
     k_b = _tile_at(bk, bk_b, bk_t, bk_d, page, slot, j, d, BK, ONE_PAGE, OFFSET)
     v_a = _tile_at(av, av_b, av_t, av_h, page, slot, j, columns, AV, ONE_PAGE, OFFSET)
@@ -218,24 +156,22 @@ def take_in(
         k_s = k_scale + page * ks_b + scale_slot * ks_t
         v_s = v_scale + page * vs_b + scale_slot * vs_t
     # heads of a program are all there unless the last ones are padding
-    A_FULL: tl.constexpr = (HEADS == H) and (A_COLUMNS * PACK <= HEADS)
-    D_FULL: tl.constexpr = D_PAD * PACK == D
-    E_FULL: tl.constexpr = E_PAD * PACK == E
+    A_FULL: tl.constexpr = (HEADS == H) and (A_COLUMNS <= HEADS)
+    D_FULL: tl.constexpr = D_PAD == D
+    E_FULL: tl.constexpr = E_PAD == E
 
     logits = tl.zeros((BLOCK_R, BLOCK_M), dtype=tl.float32)
     if UNROLLED:
         for s in tl.static_range(RK):
             logits = _score_rank(
-                logits, q, q_odd, mix, scale, select, select_odd, k_a + s * ak_r, k_b + s * bk_r,
-                k_s + s * ks_r, inside, of_head, of_d, MASKED, A_FULL, D_FULL, SCALED, FACTORED, COMPUTE,
-                WORDS,
+                logits, q, mix, scale, select, k_a + s * ak_r, k_b + s * bk_r, k_s + s * ks_r,
+                inside, of_head, of_d, MASKED, A_FULL, D_FULL, SCALED, FACTORED, COMPUTE,
             )  # fmt: skip
     else:
         for s in range(RK):
             logits = _score_rank(
-                logits, q, q_odd, mix, scale, select, select_odd, k_a + s * ak_r, k_b + s * bk_r,
-                k_s + s * ks_r, inside, of_head, of_d, MASKED, A_FULL, D_FULL, SCALED, FACTORED, COMPUTE,
-                WORDS,
+                logits, q, mix, scale, select, k_a + s * ak_r, k_b + s * bk_r, k_s + s * ks_r,
+                inside, of_head, of_d, MASKED, A_FULL, D_FULL, SCALED, FACTORED, COMPUTE,
             )  # fmt: skip
 
     if bias is not None:
@@ -255,18 +191,16 @@ def take_in(
     p = tl.exp2(logits - shift[:, None])
     total = total * keep + tl.sum(p, 1)
     y = y * keep[:, None]
-    if WORDS:
-        y_odd = y_odd * keep[:, None]
     if UNROLLED:
         for u in tl.static_range(RV):
-            y, y_odd = _add_rank(
-                y, y_odd, p, select, select_odd, v_a + u * av_r, v_b + u * bv_r, v_s + u * vs_r,
-                inside, of_head, of_e, MASKED, A_FULL, E_FULL, SCALED, COMPUTE, WORDS,
+            y = _add_rank(
+                y, p, select, v_a + u * av_r, v_b + u * bv_r, v_s + u * vs_r, inside, of_head, of_e,
+                MASKED, A_FULL, E_FULL, SCALED, COMPUTE,
             )  # fmt: skip
     else:
         for u in range(RV):
-            y, y_odd = _add_rank(
-                y, y_odd, p, select, select_odd, v_a + u * av_r, v_b + u * bv_r, v_s + u * vs_r,
-                inside, of_head, of_e, MASKED, A_FULL, E_FULL, SCALED, COMPUTE, WORDS,
+            y = _add_rank(
+                y, p, select, v_a + u * av_r, v_b + u * bv_r, v_s + u * vs_r, inside, of_head, of_e,
+                MASKED, A_FULL, E_FULL, SCALED, COMPUTE,
             )  # fmt: skip
-    return y, y_odd, total, new_top
+    return y, total, new_top

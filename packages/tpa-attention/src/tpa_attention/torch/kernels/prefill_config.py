@@ -64,7 +64,7 @@ class Plan:
 
 @functools.lru_cache(maxsize=256)
 def choose_plan(itemsize: int, head_dim: int, v_head_dim: int) -> Plan:
-    """The plan of a call, by what sm_90 makes of its tiles.
+    """The plan of a call: in 16 bits up to a width of 64 the fastest measured on an H100, else by what sm_90 makes.
 
     Up to a width of 64 shared memory allows two programs on a multiprocessor. The forward loops keep all in
     registers; of the backward ones, with their four tiles, a few addresses and masks are read back.
@@ -80,7 +80,7 @@ def choose_plan(itemsize: int, head_dim: int, v_head_dim: int) -> Plan:
             return Plan(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
         return Plan(Tile(32, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1))
     if width <= 64:
-        return Plan(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2, 128), Tile(64, 64, 4, 2))
+        return Plan(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3, 128), Tile(64, 64, 4, 2, 168))
     if width <= 128:
         return Plan(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(128, 64, 8, 2))
     return Plan(Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 64, 8, 1))
