@@ -300,9 +300,12 @@ def test_kernels_compile_for_cuda_use_tensor_cores_and_spill_no_tile(name, monke
             continue
         assert ("wgmma.mma_async" in made.ptx) == (case.dtype != torch.float32)
         assert made.shared <= (113 if case.width <= 64 else 227) << 10  # two programs, or one, side by side
-        # of the four tiles of wide heads, or wide numbers, some is read back: a tenth of the instructions
-        wide = kernel != "_attend" and case.width * case.dtype.itemsize > 128
-        assert made.spills_in_loops <= (0.1 if wide else 0), kernel
+        # of the four tiles of wide heads, or wide numbers, some is read back: a tenth of the instructions; of
+        # narrow ones a fifth, where three programs share a multiprocessor, which an H100 ran 4 % faster
+        wide = case.width * case.dtype.itemsize > 128
+        shared_by_three = kernel == "_grad_keys" and not wide
+        allowed = 0.0 if kernel == "_attend" else 0.2 if shared_by_three else 0.1 if wide else 0.0
+        assert made.spills_in_loops <= allowed, kernel
 
 
 @pytest.mark.gpu

@@ -64,10 +64,11 @@ class Plan:
 
 @functools.lru_cache(maxsize=256)
 def choose_plan(itemsize: int, head_dim: int, v_head_dim: int) -> Plan:
-    """The plan of a call: in 16 bits up to a width of 64 the fastest measured on an H100, else by what sm_90 makes.
+    """The plan of a call.
 
-    Up to a width of 64 shared memory allows two programs on a multiprocessor. The forward loops keep all in
-    registers; of the backward ones, with their four tiles, a few addresses and masks are read back.
+    In 16 bits up to a width of 64 it is the fastest that was measured on an H100: two programs share a
+    multiprocessor, of the gradients of K and V three, at the price of registers that are read back. The
+    others follow from what sm_90 makes of them.
 
     Args:
         itemsize: bytes of a number: 2 for tensor cores, 4 for float32, which is multiplied without them.
