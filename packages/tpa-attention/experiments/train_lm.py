@@ -306,7 +306,7 @@ def progress() -> Progress:
         TimeRemainingColumn(),
     )
     watched = rank() == 0 and sys.stderr.isatty()
-    return Progress(*columns, console=Console(stderr=True), disable=not watched)
+    return Progress(*columns, console=Console(stderr=True, quiet=not watched), disable=not watched)
 
 
 def synchronised(net: nn.Module, now: bool) -> AbstractContextManager[None]:

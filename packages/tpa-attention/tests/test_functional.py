@@ -241,7 +241,7 @@ def test_a_mask_of_few_axes_broadcasts_over_the_others(impl, shape, kind):
         mask=np.broadcast_to(True if mask is None else mask, (2, 2, 3, 5)),
         bias=None if bias is None else np.broadcast_to(bias, (2, 2, 3, 5)),
     )
-    given_mask = torch.as_tensor(numbers if mask is None else mask)
+    given_mask = torch.from_numpy(np.asarray(numbers if mask is None else mask))
     got = tpa_attention(*tensors(factors), causal=False, attn_mask=given_mask, impl=impl, return_lse=True)
     assert_close(got, expected, atol=ROUNDING)
 

@@ -86,3 +86,34 @@ def test_torch_names_without_torch_say_what_to_install(missing):
 def test_the_version_is_the_one_of_the_project_file():
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     assert tpa_attention.__version__ == project["version"]
+
+
+def examples_of_the_readme():
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    return [block.split("```")[0] for block in readme.split("```python\n")[1:]]
+
+
+def test_the_layer_and_the_decode_example_of_the_readme_run():
+    pytest.importorskip("torch", reason="the examples are about torch")
+    layer, _, decoding, *_ = examples_of_the_readme()
+    error, shape, loaded = in_fresh_interpreter(
+        f"import json, sys\n{layer}\n{decoding}\n"
+        "error = (last - y[:, 9:]).abs().max().item() / y.abs().max().item()\n"
+        "print(json.dumps([error, list(out.shape), sorted(sys.modules)]))"
+    )
+    assert error < 1e-5  # float32
+    assert shape == [1, 1, 32, 64]
+    assert not {"jax", "transformers", "triton"} & {name.partition(".")[0] for name in loaded}
+
+
+@pytest.mark.slow  # a model of 124M parameters is made, generates and is saved
+def test_the_model_and_the_conversion_example_of_the_readme_run(tmp_path, monkeypatch):
+    pytest.importorskip("transformers", reason="the examples are about Hugging Face")
+    monkeypatch.chdir(tmp_path)
+    _, model, _, conversion, *_ = examples_of_the_readme()
+    shape, exact, saved = in_fresh_interpreter(
+        f"import json, os, torch\n{model}\n{conversion.replace('print(report)', '')}\n"
+        "print(json.dumps([list(text.shape), 'exact' in str(report), sorted(os.listdir('t6'))]))"
+    )
+    assert (shape, exact) == ([1, 16], True)
+    assert "model.safetensors" in saved

@@ -22,7 +22,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-MAX_QUERIES = 16
 TUNED_FILE = Path(__file__).with_name("decode_tuned.json")
 _LONG = 1 << 14  # cached tokens from which a cache counts as long
 _SHARED_BYTES = 227 << 10  # of a Hopper multiprocessor
