@@ -164,6 +164,7 @@ def test_the_hidden_states_that_a_cache_keeps_have_the_counted_size():
         (lambda: cache_bytes(SMALL, 0, 1), ValueError, "batch must be >= 1, got 0"),
         (lambda: cache_bytes(SMALL, 1, 1.5), TypeError, "seq_len must be an int, got 1.5"),
         (lambda: cache_bytes(SMALL, 1, 1, tp=0), ValueError, "tp must be >= 1, got 0"),
+        (lambda: cache_bytes(SMALL, 1, 1, tp=99), ValueError, "tp must be at most 34, the .* heads, got 99"),
         (lambda: cache_bytes(SMALL, 1, 1, "bf16"), ValueError, "dtype must be one of .*, got 'bf16'"),
         (lambda: cache_bytes(SMALL, 1, 1, quant="int4"), ValueError, "quant must be one of .*, got 'int4'"),
         (lambda: cache_bytes(SMALL, 1, 1, rewind=-1), ValueError, "rewind must be >= 0, got -1"),

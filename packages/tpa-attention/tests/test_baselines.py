@@ -12,7 +12,7 @@ from reference_rope import Rope
 from torch.nn import functional
 
 from tpa_attention.config import RopeConfig
-from tpa_attention.torch.baselines import GQA, MHA, MLA, MQA
+from tpa_attention.torch.baselines import GQA, MHA, MLA, MQA, attend
 from tpa_attention.torch.cache import FactorCache
 from tpa_attention.torch.layers import TPAttention
 
@@ -252,3 +252,12 @@ def test_as_tpa_keeps_type_and_rotation():
     assert isinstance(as_tpa, TPAttention)
     assert as_tpa.rope == layer.rope
     assert {p.dtype for p in as_tpa.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_query_that_is_no_number_shows(plain):
+    q, k, v = (tensor(seed, 1, 4, 2, D) for seed in range(3))
+    q[0, 2] = torch.nan
+    out = attend(q, k, v, None, 0.5, plain=plain)
+    assert out.isnan().flatten(2).all(-1)[0].tolist() == [False, False, True, False]
+    assert not out[0, [0, 1, 3]].isnan().any()

@@ -247,7 +247,8 @@ def cache_bytes(
             sequence and layer; 0 for the flax cache, which keeps the last one alone.
 
     Raises:
-        ValueError: if a number is below 1, a dtype is unknown, or `quant` meets a mechanism without factors.
+        ValueError: if a number is below 1, `tp` above the number of heads, a dtype unknown, or `quant` meets
+            a mechanism without factors.
         TypeError: if a number is no int.
     """
     for name, value in {"batch": batch, "seq_len": seq_len, "tp": tp}.items():
@@ -304,6 +305,8 @@ def _token_bytes(config: ModelConfig, dtype: str, quant: str | None, tp: int, pa
     """Cache bytes of one token, all layers, one device."""
     item = _item_size(dtype)
     shape = layer_shape(config)
+    if tp > config.num_attention_heads:
+        raise ValueError(f"tp must be at most {config.num_attention_heads}, the number of heads, got {tp}")
     scales = 0
     if quant is not None:
         _checks.one_of("quant", quant, QUANTISED)

@@ -26,6 +26,7 @@ from .cache import CacheLayout, LayerCache
 from .factor_maps import empty_linear, init_linear
 from .layers import TPAttention
 from .masks import packed_places, ragged_mask
+from .reference import softmax_and_lse
 from .rope import rope as apply_rope
 from .rows import NORM_EPS, rms_norm
 from .sdpa import without_dead_rows
@@ -378,7 +379,7 @@ def attend(
             mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril()
         if mask is not None:
             logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
-        weights = logits.softmax(dim=-1).nan_to_num(0.0)
+        weights, _ = softmax_and_lse(logits, dim=-1)  # 0 in a row without keys
         return (weights @ v.repeat_interleave(share, dim=1)).transpose(1, 2)
     dead, safe = without_dead_rows(mask, q.dtype)
     causal = mask is None and square
