@@ -11,51 +11,18 @@ jax = pytest.importorskip("jax")
 optax = pytest.importorskip("optax")
 
 import jax.numpy as jnp  # noqa: E402
-from jax import experimental  # noqa: E402
+from jax_cases import SHAPES, STEPS, assert_same, enable_x64, gradients, run  # noqa: E402
 
 from mars_optim.jax import mars, mars_correction, newton_schulz, scale_by_mars  # noqa: E402
 
-enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else experimental.enable_x64
-
 TYPES = ("adamw", "lion", "shampoo", "m", "sgd")
-SHAPES = ((6, 4), (3, 8), (5,), (2, 3, 3, 2), (1, 4), (7, 1))
-STEPS = 6  # every branch has been taken by the third; eager steps are slow
 LONG = 20  # for methods that are the same at every step
-ROUNDING = 1e-12  # float64 rounding over a few steps of O(1) numbers
 
 
 @pytest.fixture(autouse=True)
 def x64():
     with enable_x64(True):
         yield
-
-
-def gradients(rng, shapes=SHAPES, steps=STEPS):
-    """Gradients and references whose norms lie on both sides of 1, correlated as real ones are."""
-    out = []
-    for _ in range(steps):
-        g = [rng.normal(size=s) * rng.choice([0.05, 0.3, 2.0]) for s in shapes]
-        h = [x + 0.3 * np.std(x) * rng.normal(size=x.shape) for x in g]
-        out.append((g, h))
-    return out
-
-
-def run(tx, params, stream, *, exact=False):
-    """Trajectory of all parameters, op by op: compiled ops serve all tests, a jitted step only its own."""
-    params = [jnp.asarray(p) for p in params]
-    state, trajectory = tx.init(params), []
-    for g, h in stream:
-        extra = {"prev_grads": [jnp.asarray(x) for x in h]} if exact else {}
-        updates, state = tx.update([jnp.asarray(x) for x in g], state, params, **extra)
-        params = optax.apply_updates(params, updates)
-        trajectory.append([np.asarray(p) for p in params])
-    return trajectory
-
-
-def assert_same(left, right, tolerance=ROUNDING):
-    for a, b in zip(left, right, strict=True):
-        for x, y in zip(a, b, strict=True):
-            np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
 
 
 X1 = np.array([[1.0, -2.0], [0.5, 0.25]])
@@ -420,40 +387,3 @@ def test_second_moments_exist_only_where_an_adam_rule_needs_them():
     assert sizes == {"adamw": 8, "lion": 2, "shampoo": 2, "m": 2, "sgd": 2}
     assert jax.tree.leaves(scale_by_mars("lion").init(params).nu) == []
     assert jax.tree.leaves(mars(1.0, is_approx=False).init(params).correction.prev_grad) == []
-
-
-def test_row_and_column_axes_make_a_transposed_leaf_move_like_the_matrix_itself():
-    rng = np.random.default_rng(12)
-    for mars_type in ("shampoo", "m"):
-        start = rng.normal(size=(6, 4))
-        stream = gradients(rng, ((6, 4),))
-        expected = run(mars(0.05, mars_type), [start], stream)
-        turned = [([g[0].T], [h[0].T]) for g, h in stream]
-        tx = mars(0.05, mars_type, weight_dimension_numbers=[(1, 0)])
-        assert_same(run(tx, [start.T], turned), [[x.T for x in xs] for xs in expected])
-
-
-def test_axes_in_neither_group_index_matrices_that_move_independently():
-    rng = np.random.default_rng(13)
-    start, stream = [rng.normal(size=(3, 6, 4))], gradients(rng, ((3, 6, 4),))
-    for mars_type in TYPES:
-        stacked = run(mars(0.05, mars_type, weight_dimension_numbers=[(1, 2)]), start, stream)
-        alone = run(mars(0.05, mars_type), list(start[0]), [(list(g[0]), list(h[0])) for g, h in stream])
-        assert_same(stacked, [[np.stack(xs)] for xs in alone])
-
-
-def test_convolution_kernels_take_their_axes_in_any_order():
-    rng = np.random.default_rng(14)
-    start, stream = rng.normal(size=(8, 3, 3, 2)), gradients(rng, ((8, 3, 3, 2),))
-    expected = run(mars(0.05, "shampoo"), [start], stream)
-
-    def hwio(x):
-        return x.transpose(1, 2, 3, 0)
-
-    specs = [(3, (0, 1, 2)), ((-1,), [0, 1, 2])]
-    if hasattr(optax.contrib, "MuonDimensionNumbers"):  # optax 0.2.6
-        specs.append(optax.contrib.MuonDimensionNumbers(reduction_axis=(0, 1, 2), output_axis=3))
-    for spec in specs:
-        tx = mars(0.05, "shampoo", weight_dimension_numbers=lambda params, spec=spec: [spec for _ in params])
-        moved = run(tx, [hwio(start)], [([hwio(g[0])], [hwio(h[0])]) for g, h in stream])
-        assert_same(moved, [[hwio(x) for x in xs] for xs in expected])
