@@ -23,14 +23,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import recipe
 import torch
 import torch.nn.functional as F  # noqa: N812
-from recipe import UsageError
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from mars_optim.torch import MARS, build_param_groups
+from tenfold_tools.run_folder import (
+    RunError,
+    RunFolder,
+    Signals,
+    UsageError,
+    refuse_other_settings,
+    restore,
+    run_as_script,
+    write_lines,
+)
 
 RATES = {"adamw": 1e-3, "muon": 2e-2, "mars-adamw": 3e-3, "mars-lion": 3e-4, "mars-shampoo": 2e-2}
 PUBLISHED = {  # best test accuracy in per cent on CIFAR-10 and CIFAR-100
@@ -201,7 +209,7 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace) -> MARS | torch.
 def main(argv: Sequence[str]) -> int:
     args = options(argv)
     (images, labels), (test_images, test_labels), classes = read_folder(args.data)
-    folder = recipe.RunFolder(args.out, resume=args.resume, writes=True)
+    folder = RunFolder(args.out, resume=args.resume, writes=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images, labels, test_images, test_labels = (
         part.to(device) for part in (images, labels, test_images, test_labels)
@@ -219,8 +227,8 @@ def main(argv: Sequence[str]) -> int:
     epoch, accuracies = 0, []
     if args.resume:
         checkpoint = folder.load()
-        recipe.refuse_other_settings(checkpoint["settings"], settings)
-        recipe.restore(model, optimizer, checkpoint)
+        refuse_other_settings(checkpoint["settings"], settings)
+        restore(model, optimizer, checkpoint)
         order.set_state(checkpoint["order"])
         epoch, accuracies = checkpoint["epoch"], checkpoint["accuracies"]
         folder.forget_after(epoch)
@@ -242,7 +250,7 @@ def main(argv: Sequence[str]) -> int:
 
     last = min(args.stop_at or args.epochs, args.epochs)
     bar = tqdm(total=args.epochs, initial=epoch, disable=not sys.stderr.isatty(), unit="epoch")
-    with recipe.Signals() as signals, bar:
+    with Signals() as signals, bar:
         while epoch < last:
             rate = args.lr * 0.1 ** ((epoch >= args.epochs // 2) + (epoch >= args.epochs * 3 // 4))
             for group in optimizer.param_groups:
@@ -264,9 +272,7 @@ def main(argv: Sequence[str]) -> int:
             epoch += 1
             loss = torch.stack(losses).mean().item()
             if not math.isfinite(loss):
-                raise recipe.RunError(
-                    f"the loss is {loss} in epoch {epoch}; the checkpoint is of the one before"
-                )
+                raise RunError(f"the loss is {loss} in epoch {epoch}; the checkpoint is of the one before")
             accuracies.append(evaluate())
             folder.record(step=epoch, loss=loss, lr=rate, test_accuracy=accuracies[-1])
             folder.save(
@@ -285,7 +291,7 @@ def main(argv: Sequence[str]) -> int:
         published = {name: pair[classes == 100] for name, pair in PUBLISHED.items()}
         best = max(accuracies)
         folder.finish({"arm": arm, **settings, "best_test_accuracy": best, "published": published})
-        recipe.lines(
+        write_lines(
             [
                 f"{arm} on CIFAR-{classes}, lr {args.lr:g}: best test accuracy {best:.2f} %",
                 "published: " + ", ".join(f"{name} {value:.2f}" for name, value in published.items()),
@@ -295,4 +301,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(recipe.run_as_script(lambda: main(sys.argv[1:]), "cifar.py"))
+    sys.exit(run_as_script(lambda: main(sys.argv[1:]), "cifar.py"))

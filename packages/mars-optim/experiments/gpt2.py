@@ -30,13 +30,11 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
-import recipe
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 from gpt2_settings import TRAJECTORY, options, report, summary_of, verdict
 from numpy.typing import NDArray
-from recipe import UsageError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -44,6 +42,18 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from mars_optim.torch import MARS, build_param_groups, clip_grad_norm_pair_
+from tenfold_tools.run_folder import (
+    RunError,
+    RunFolder,
+    Signals,
+    UsageError,
+    refuse_other_settings,
+    restore,
+    run_as_script,
+    summary_in,
+    whole,
+    write_lines,
+)
 from tenfold_tools.workloads import ByteGPT, GPTConfig, warmup_cosine
 
 # ------------------------------------------------------------------------------------------------- data
@@ -149,8 +159,8 @@ def main(argv: list[str]) -> int:
             f"got {args.batch}"
         )
     train, val = (Tokens(path, args.context, args.vocabulary) for path in (args.train, args.val))
-    others = [recipe.summary_in(path) for path in args.against]
-    folder = recipe.RunFolder(args.out, resume=args.resume, writes=rank == 0)
+    others = [summary_in(path) for path in args.against]
+    folder = RunFolder(args.out, resume=args.resume, writes=rank == 0)
 
     initial = torch.Generator().manual_seed(args.seed)
     order = torch.Generator().manual_seed(args.seed + 1)  # of the data: its state goes into the checkpoint
@@ -169,8 +179,8 @@ def main(argv: list[str]) -> int:
     step, evaluations = 0, []
     if args.resume:
         checkpoint = folder.load()
-        recipe.refuse_other_settings(checkpoint["settings"], settings)
-        recipe.restore(model, optimizer, checkpoint)
+        refuse_other_settings(checkpoint["settings"], settings)
+        restore(model, optimizer, checkpoint)
         order.set_state(checkpoint["order"])
         step, evaluations = checkpoint["step"], checkpoint["evaluations"]
         folder.forget_after(step)
@@ -208,7 +218,7 @@ def main(argv: list[str]) -> int:
     tokens, passes = args.batch * args.context, 2 if args.exact else 1
     last, received, since, at = min(args.stop_at or args.steps, args.steps), 0.0, time.perf_counter(), step
     bar = tqdm(total=args.steps, initial=step, disable=rank > 0 or not sys.stderr.isatty(), unit="step")
-    with recipe.Signals() as signals, bar:
+    with Signals() as signals, bar:
         while step < last and not received:
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * rate(step)
@@ -222,13 +232,13 @@ def main(argv: list[str]) -> int:
             if exact is not None:
                 norm = clip_grad_norm_pair_(model.parameters(), exact, 1.0)  # h_t by g_t's factor
             else:
-                norm = recipe.whole(nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+                norm = whole(nn.utils.clip_grad_norm_(model.parameters(), 1.0))
             optimizer.step()
             step += 1
             # One exchange per step: the loss, and whether any rank was told to stop.
             loss, received = summed(torch.stack((loss / world, loss.new_tensor(signals.received)))).tolist()
             if not math.isfinite(loss):
-                raise recipe.RunError(f"the loss is {loss} at step {step}; {folder.checkpoint} is as before")
+                raise RunError(f"the loss is {loss} at step {step}; {folder.checkpoint} is as before")
             bar.update()
             bar.set_postfix(loss=f"{loss:.3f}")
             if step % args.log_every == 0:
@@ -260,7 +270,7 @@ def main(argv: list[str]) -> int:
         summary["verdict"], summary["reason"] = verdict([*others, summary], summary["arm"])
         folder.finish(summary)
         if rank == 0:
-            recipe.lines(report(summary))
+            write_lines(report(summary))
     return 128 + (signals.received or signal.SIGINT) if received else 0
 
 
@@ -279,7 +289,7 @@ def summed(values: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    status = recipe.run_as_script(lambda: main(sys.argv[1:]), "gpt2.py")
+    status = run_as_script(lambda: main(sys.argv[1:]), "gpt2.py")
     if status == 0 and dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(status)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from recipe import UsageError
+from tenfold_tools.run_folder import UsageError
 
 OPTIMIZERS = ("adamw", "muon", "mars-adamw", "mars-lion", "mars-shampoo", "mars-m")
 SHAPE = ("layers", "heads", "width")

@@ -11,6 +11,8 @@ EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 if not EXPERIMENTS.is_dir():
     pytest.skip("the recipes are not part of the source distribution", allow_module_level=True)
 
+from tenfold_tools.run_folder import run_as_script  # noqa: E402
+
 
 def script(name):
     """The module of a recipe; its folder is on the path, as it is for a script."""
@@ -22,7 +24,7 @@ def script(name):
 def status(name, argv):
     """Exit status of a recipe."""
     module = script(name)
-    return script("recipe").run_as_script(lambda: module.main([str(part) for part in argv]), f"{name}.py")
+    return run_as_script(lambda: module.main([str(part) for part in argv]), f"{name}.py")
 
 
 def checkpoint(out):

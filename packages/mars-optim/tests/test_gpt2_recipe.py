@@ -15,7 +15,7 @@ pytest.importorskip("tenfold_tools.workloads", reason="the recipe trains the wor
 
 from recipes import EXPERIMENTS, assert_identical, checkpoint, script, status
 
-gpt2, settings, recipe = (script(name) for name in ("gpt2", "gpt2_settings", "recipe"))
+gpt2, settings = (script(name) for name in ("gpt2", "gpt2_settings"))
 
 # The limit of a call is for a busy machine; the work takes seconds.
 PATIENCE = 240
@@ -298,7 +298,7 @@ def test_the_defaults_are_the_published_settings():
     assert found("--size medium --optimizer mars-m")[0] == 5e-3
     assert found("--size large --optimizer adamw")[:2] == (2e-4, 1e-5)
     assert found("--optimizer muon")[0] == 2e-2
-    with pytest.raises(recipe.UsageError, match="--lr is needed"):
+    with pytest.raises(settings.UsageError, match="--lr is needed"):
         options([*needed, "--optimizer", "mars-lion"], None)
 
 

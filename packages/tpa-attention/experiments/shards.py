@@ -27,10 +27,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from run_folder import UsageError, replace_file
 from torch import Tensor
 
 from tenfold_tools import data
+from tenfold_tools.run_folder import UsageError, replace_file
 
 MAGIC = 20240520  # first int32 of a file of llm.c and modded-nanogpt
 HEADER_BYTES = 1024

@@ -27,13 +27,11 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
-import run_folder
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from run_folder import RunError, RunFolder, Signals, UsageError
 from shards import Corpus, open_corpus, prepare
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -42,6 +40,15 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from train_settings import TRAJECTORY, model_config, options, padded_vocabulary, schedule
 
+from tenfold_tools.run_folder import (
+    RunError,
+    RunFolder,
+    Signals,
+    UsageError,
+    refuse_other_settings,
+    restore,
+    run_as_script,
+)
 from tpa_attention import accounting
 from tpa_attention.config import TrainingRecipe
 from tpa_attention.torch.model import T6, T6Block, param_groups
@@ -138,8 +145,8 @@ class Training:
     def continue_run(self) -> None:
         """Take up the checkpoint."""
         checkpoint = self.folder.load()
-        run_folder.refuse_other_settings(checkpoint["settings"], self.settings)
-        run_folder.restore(self.model, self.optimizer, checkpoint)
+        refuse_other_settings(checkpoint["settings"], self.settings)
+        restore(self.model, self.optimizer, checkpoint)
         self.step, self.evaluations = checkpoint["step"], checkpoint["evaluations"]
         self.folder.forget_after(self.step)
 
@@ -339,7 +346,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    status = run_folder.run_as_script(lambda: main(sys.argv[1:]), "train_lm.py")
+    status = run_as_script(lambda: main(sys.argv[1:]), "train_lm.py")
     if status == 0 and dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(status)

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from run_folder import UsageError
-
+from tenfold_tools.run_folder import UsageError
 from tpa_attention import accounting
 from tpa_attention.config import (
     IMPLS,

@@ -12,6 +12,8 @@ EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 if not EXPERIMENTS.is_dir():
     pytest.skip("the recipe is not part of the source distribution", allow_module_level=True)
 
+from tenfold_tools.run_folder import run_as_script  # noqa: E402
+
 
 def script(name):
     """A module of the recipe; its folder is on the path, as it is for a script."""
@@ -23,9 +25,7 @@ def script(name):
 def status(argv):
     """Exit status of the recipe."""
     module = script("train_lm")
-    return script("run_folder").run_as_script(
-        lambda: module.main([str(part) for part in argv]), "train_lm.py"
-    )
+    return run_as_script(lambda: module.main([str(part) for part in argv]), "train_lm.py")
 
 
 def checkpoint(out):

@@ -12,8 +12,9 @@ pytest.importorskip("tenfold_tools.data", reason="the recipe runs in the monorep
 
 from recipe_runs import script, status
 
+from tenfold_tools.run_folder import UsageError
+
 shards = script("shards")
-UsageError = script("run_folder").UsageError
 
 
 def two_shards(context=4):

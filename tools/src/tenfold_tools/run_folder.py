@@ -1,15 +1,16 @@
-"""What a training run leaves in its folder: a log, a checkpoint, a summary; and how it ends on a signal.
+"""What a training recipe leaves in its folder: a log, a checkpoint, a summary; and how it ends on a signal.
 
-`log.jsonl` has one JSON object per line, `checkpoint.pt` whole tensors however they were sharded, so it
-continues on any number of processes, `summary.json` appears when the run is done. Files are written beside
-their place and renamed: an interruption leaves the checkpoint before it.
+For the scripts in `experiments/` that train for hours. `log.jsonl` has one JSON object per line,
+`checkpoint.pt` whole tensors however they were sharded, so it continues on any number of processes,
+`summary.json` appears when the run is done. Files are written beside their place and renamed: an interruption
+leaves the checkpoint before it.
 """
 
 import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -28,7 +29,12 @@ class RunError(Exception):
 
 
 def run_as_script(main: Callable[[], int], name: str) -> int:
-    """Exit status of main; an error becomes one line on stderr, and status 2 if usage was wrong, else 1."""
+    """Exit status of main; an error becomes one line on stderr, and status 2 if usage was wrong, else 1.
+
+    Args:
+        main: returns its status.
+        name: of the script, for the message.
+    """
     try:
         return main()
     except (UsageError, RunError) as error:
@@ -106,6 +112,21 @@ class RunFolder:
             raise UsageError(f"{self.checkpoint} cannot be read: {str(error).splitlines()[0]}") from error
 
 
+def summary_in(path: Path) -> dict[str, Any]:
+    """The summary of another run.
+
+    Args:
+        path: its folder.
+
+    Raises:
+        UsageError: if the run is not finished.
+    """
+    try:
+        return json.loads((path / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} holds no finished run: {error}") from error
+
+
 def logged_step(line: str) -> float:
     """The step of a line of the log; infinity for a line that is no entry."""
     try:
@@ -115,7 +136,13 @@ def logged_step(line: str) -> float:
 
 
 def restore(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: dict[str, Any]) -> None:
-    """Put a checkpoint's tensors into a model and an optimizer, sharded as these are."""
+    """Put a checkpoint's tensors into a model and an optimizer, sharded as these are.
+
+    Args:
+        model: as built for this run.
+        optimizer: of its parameters.
+        checkpoint: what `RunFolder.load` returned.
+    """
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             tensor.copy_(placed_like(tensor, checkpoint["model"][name]))
@@ -123,7 +150,7 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: dict
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {
         index: {
-            key: placed_like(parameters[index], value) if value.shape == parameters[index].shape else value
+            key: placed_like(parameters[index], value) if has_shape_of(parameters[index], value) else value
             for key, value in entries.items()
         }
         for index, entries in saved["state"].items()
@@ -133,6 +160,10 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: dict
 
 def refuse_other_settings(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """A run continues only under the settings that it began with.
+
+    Args:
+        saved: settings in the checkpoint.
+        now: settings of this call.
 
     Raises:
         UsageError: naming each setting that differs.
@@ -175,11 +206,25 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     os.replace(beside, path)  # noqa: PTH105 - named as the habit is
 
 
+def write_lines(rows: Iterable[str]) -> None:
+    """Write lines to stdout.
+
+    Args:
+        rows: without line ends.
+    """
+    sys.stdout.write("".join(f"{row}\n" for row in rows))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that may be sharded, gathered; then every rank must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def gathered(value: Any, *, keep: bool) -> Any:
     """The structure with whole tensors on the CPU; without tensors where they are not kept."""
     if isinstance(value, Tensor):
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
-        return whole.detach().cpu() if keep else None
+        tensor = whole(value.detach())
+        return tensor.cpu() if keep else None
     if isinstance(value, dict):
         return {key: gathered(item, keep=keep) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -192,3 +237,8 @@ def placed_like(tensor: Tensor, value: Tensor) -> Tensor:
     if isinstance(tensor, DTensor):
         return distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
     return value
+
+
+def has_shape_of(parameter: Tensor, value: Any) -> bool:
+    """Whether an entry of the optimizer's state is sharded as its parameter is."""
+    return isinstance(value, Tensor) and value.shape == parameter.shape
