@@ -13,15 +13,11 @@ Source: Zhang et al. 2025 (arXiv 2501.06425), Section 3 (what is cached); Kwon e
 Section 4 (pages).
 """
 
-import importlib.util
-import os
-
 import torch
 from torch import Tensor
 
 from tpa_attention.torch.arguments import check_integers, readable
-
-KERNEL_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+from tpa_attention.torch.kernel_support import HAS_TRITON, KERNEL_TYPES, runs_kernels
 
 
 @torch.library.custom_op("tpa::append_paged", mutates_args=("pool_k", "pool_v", "pool_positions"))
@@ -56,28 +52,8 @@ def append_paged(
     """
     _check(pool_k, pool_v, pool_positions, k, v, block_table, seq_lens, positions)
     arguments = (pool_k, pool_v, pool_positions, k, v, block_table, seq_lens, positions)
-    if os.environ.get("TRITON_INTERPRET") == "1" and _fits_kernel(pool_k, pool_v, k, v):
-        from tpa_attention.torch.kernels.append import append_paged_triton
-
-        append_paged_triton(*arguments)
-    else:
-        _append_plainly(*arguments)
-
-
-@append_paged.register_kernel("cuda")
-def _append_on_cuda(
-    pool_k: Tensor,
-    pool_v: Tensor,
-    pool_positions: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    positions: Tensor | None = None,
-) -> None:
-    _check(pool_k, pool_v, pool_positions, k, v, block_table, seq_lens, positions)
-    arguments = (pool_k, pool_v, pool_positions, k, v, block_table, seq_lens, positions)
-    if importlib.util.find_spec("triton") is None or not _fits_kernel(pool_k, pool_v, k, v):
+    known = all(tensor.dtype in KERNEL_TYPES for tensor in (pool_k, pool_v, k, v))
+    if not (known and HAS_TRITON and runs_kernels(pool_k.device)):
         _append_plainly(*arguments)
         return
     from tpa_attention.torch.kernels.append import append_paged_triton
@@ -97,10 +73,6 @@ def _append_nothing(
     positions: Tensor | None = None,
 ) -> None:
     _check_shapes(pool_k, pool_v, pool_positions, k, v, block_table, seq_lens, positions)
-
-
-def _fits_kernel(*tensors: Tensor) -> bool:
-    return all(tensor.dtype in KERNEL_TYPES for tensor in tensors)
 
 
 def _append_plainly(

@@ -1,8 +1,6 @@
 """Which implementation answers a call, and how the choices that are not plain torch are called."""
 
 import functools
-import importlib.util
-import os
 
 import torch
 from jaxtyping import Float, Int
@@ -10,10 +8,9 @@ from torch import Tensor
 
 from tpa_attention.torch import flex, reference, sdpa
 from tpa_attention.torch.factors import RecordLayout, logit_scale, rank_factor
+from tpa_attention.torch.kernel_support import HAS_TRITON, KERNEL_TYPES, runs_kernels
 from tpa_attention.torch.masks import both, ragged_mask, split_mask
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked for once: torch.compile cannot trace it
-KERNEL_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 TENSOR_CORE_TYPES = (torch.float16, torch.bfloat16)
 MAX_KERNEL_WIDTH = 256  # D and E of whole sequences: tiles of wider heads fit no multiprocessor
 Factors = tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -111,7 +108,7 @@ def kernel_problem(device: torch.device) -> str | None:
     """Why the kernels cannot run on this device; None if they can."""
     if not HAS_TRITON:
         return 'triton is not installed: pip install "tpa-attention[triton]" (Linux with an NVIDIA GPU)'
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if not runs_kernels(device):
         return f"it needs CUDA tensors, got {device.type}; use impl='auto', or set TRITON_INTERPRET=1 to test"
     return None
 

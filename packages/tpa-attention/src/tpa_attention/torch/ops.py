@@ -24,16 +24,15 @@ The contract between `functional.py`, which explains what users got wrong, and k
 Source: Zhang et al. 2025 (arXiv 2501.06425), Algorithms 2-3.
 """
 
-import os
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from tpa_attention.torch.kernel_support import KERNEL_TYPES, runs_kernels
 from tpa_attention.torch.reference import tpa_decode_factors
 
 QUANTISED_TYPES = (torch.int8, torch.float8_e4m3fn)
-KERNEL_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @torch.library.custom_op("tpa::decode", mutates_args=())
@@ -121,10 +120,8 @@ decode.register_autograd(_no_gradient)
 
 
 def _uses_kernel(bq: Tensor, *cached: Tensor) -> bool:
-    interpreted = bq.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-    if bq.device.type != "cuda" and not interpreted:
-        return False
-    return bq.dtype in KERNEL_TYPES and all(x.dtype in KERNEL_TYPES + QUANTISED_TYPES for x in cached)
+    taken = bq.dtype in KERNEL_TYPES and all(x.dtype in KERNEL_TYPES + QUANTISED_TYPES for x in cached)
+    return taken and runs_kernels(bq.device)
 
 
 def _decode_plainly(

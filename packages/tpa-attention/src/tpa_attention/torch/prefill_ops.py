@@ -22,17 +22,16 @@ the CPU with TRITON_INTERPRET=1 the kernels again, interpreted.
 Source: Zhang et al. 2025 (arXiv 2501.06425), eq. 3.1-3.3.
 """
 
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tpa_attention.torch.factors import materialize
+from tpa_attention.torch.kernel_support import KERNEL_TYPES, runs_kernels
 from tpa_attention.torch.masks import attention_mask, packed_places
 from tpa_attention.torch.reference import masked, tpa_attention, widened
 
-KERNEL_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 NO_TRITON = 'tpa::prefill on CUDA needs triton, which is not installed: pip install "tpa-attention[triton]"'
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -148,8 +147,7 @@ prefill_backward.register_autograd(_no_second_gradient)
 
 
 def _uses_kernel(bq: Tensor) -> bool:
-    interpreted = bq.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-    return (bq.device.type == "cuda" or interpreted) and bq.dtype in KERNEL_TYPES
+    return bq.dtype in KERNEL_TYPES and runs_kernels(bq.device)
 
 
 def intervals(

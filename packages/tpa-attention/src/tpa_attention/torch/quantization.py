@@ -10,11 +10,11 @@ Source: symmetric absmax rows as in Dettmers et al. 2022 (arXiv 2208.07339), Sec
 Micikevicius et al. 2022 (arXiv 2209.05433), Table 1.
 """
 
-import importlib.util
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from tpa_attention.torch.kernel_support import HAS_TRITON, KERNEL_TYPES
 
 TYPES = {"int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}
 _LARGEST = {"int8": 127.0, "fp8_e4m3": 448.0}
@@ -36,13 +36,7 @@ def quantize_rows(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     Source: Dettmers et al. 2022, Section 2.
     """
     check_kind(kind)
-    return _quantize_plainly(x, kind)
-
-
-@quantize_rows.register_kernel("cuda")
-def _quantize_on_cuda(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    check_kind(kind)
-    if x.dtype == torch.float64 or x.shape[-1] == 0 or importlib.util.find_spec("triton") is None:
+    if x.device.type != "cuda" or not HAS_TRITON or x.dtype not in KERNEL_TYPES or x.shape[-1] == 0:
         return _quantize_plainly(x, kind)
     from tpa_attention.torch.kernels.quant import quantize_rows_triton
 
