@@ -1,0 +1,63 @@
+"""What all factories of algorithms share: caching, and the label that results and plots carry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any, ParamSpec
+
+from linbandit_lowerbounds.environment import Algorithm
+
+P = ParamSpec("P")
+
+
+def factory(make: Callable[P, Algorithm]) -> Callable[P, Algorithm]:
+    """Decorator: equal arguments give the same object, so that a program is compiled once for each setting.
+
+    It also fills in `Algorithm.config`, by which a resumed simulation recognises its learner.
+
+    Args:
+        make: a function of keyword arguments that returns an `Algorithm`.
+    """
+
+    def build(**settings: Any) -> Algorithm:
+        config = ", ".join(f"{name}={value!r}" for name, value in sorted(settings.items()))
+        return make(**settings)._replace(config=f"{make.__name__}({config})")
+
+    cached = lru_cache(maxsize=None)(build)
+
+    @wraps(make)
+    def wrapper(*args: P.args, **settings: P.kwargs) -> Algorithm:
+        if args:
+            raise TypeError(f"{make.__name__} takes keyword arguments only, got {args!r}")
+        try:
+            return cached(**settings)
+        except TypeError:
+            # Unhashable values cannot be cached; wrong ones raise here what the factory itself says.
+            return build(**settings)
+
+    return wrapper
+
+
+def named(name: str, *, radius_scale: float = 1.0, preset: str = "", **settings: tuple[Any, Any]) -> str:
+    """The label of an algorithm, such as "SAVE (theory, radius x 0.01, explore first)".
+
+    A scaled radius is always in it: nothing is tuned in silence.
+
+    Args:
+        name: the algorithm.
+        radius_scale: factor on the radius, named unless it is 1.
+        preset: "theory" or "practical" where there are both.
+        settings: name -> (value, default); named when they differ.
+    """
+    notes = [preset] if preset else []
+    if radius_scale != 1.0:
+        notes.append(f"radius x {radius_scale:g}")
+    notes += [
+        f"{key.replace('_', ' ')} {value:g}"
+        if isinstance(value, float)
+        else f"{key.replace('_', ' ')} {value}"
+        for key, (value, default) in settings.items()
+        if value != default
+    ]
+    return f"{name} ({', '.join(notes)})" if notes else name

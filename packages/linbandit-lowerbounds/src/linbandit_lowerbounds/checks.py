@@ -1,0 +1,106 @@
+"""Checks of arguments that several modules share: one wording for one rule, raised before any work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+def real(name: str, value: Any, *, above: float = -math.inf, at_least: float = -math.inf) -> float:
+    """A finite number in a range.
+
+    Args:
+        name: the argument's name.
+        value: what was given.
+        above: lower limit that is excluded.
+        at_least: lower limit that is included.
+
+    Raises:
+        TypeError: if it is no real number.
+        ValueError: if it is not finite or out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise TypeError(f"{name} must be a real number, got {value!r}")
+    rule = f" and > {above:g}" if above > -math.inf else ""
+    rule += f" and >= {at_least:g}" if at_least > -math.inf else ""
+    if not math.isfinite(value) or value <= above or value < at_least:
+        raise ValueError(f"{name} must be finite{rule}, got {value!r}")
+    return float(value)
+
+
+def probability(name: str, value: Any) -> float:
+    """A number strictly between 0 and 1.
+
+    Args:
+        name: the argument's name.
+        value: what was given.
+
+    Raises:
+        TypeError: if it is no real number.
+        ValueError: if it is not in (0, 1).
+    """
+    number = real(name, value)
+    if not 0.0 < number < 1.0:
+        raise ValueError(f"{name} must be in (0, 1), got {value!r}")
+    return number
+
+
+def count(name: str, value: Any, *, at_least: int = 1) -> int:
+    """A whole number.
+
+    Args:
+        name: the argument's name.
+        value: what was given.
+        at_least: smallest accepted value.
+
+    Raises:
+        TypeError: if it is not an integer.
+        ValueError: if it is too small.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < at_least:
+        raise ValueError(f"{name} must be >= {at_least}, got {value!r}")
+    return int(value)
+
+
+def one_of(name: str, value: Any, accepted: Sequence[Any]) -> None:
+    """One of a few accepted values.
+
+    Args:
+        name: the argument's name.
+        value: what was given.
+        accepted: what is accepted.
+
+    Raises:
+        ValueError: if it is none of them.
+    """
+    if value not in accepted:
+        raise ValueError(f"{name} must be one of {list(accepted)}, got {value!r}")
+
+
+def sigmas(name: str, value: Any) -> np.ndarray:
+    """A sequence of standard deviations in [0, 1], at least two rounds long, as float64.
+
+    Args:
+        name: the argument's name.
+        value: what was given.
+
+    Raises:
+        TypeError: if it cannot be read as numbers.
+        ValueError: if it has another shape, fewer than two entries, or entries outside [0, 1].
+    """
+    try:
+        array = np.asarray(value, np.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be an array of numbers, got {type(value).__name__}") from error
+    if array.ndim != 1 or array.size < 2:
+        raise ValueError(f"{name} must have shape (K,) with K >= 2, got shape {array.shape}")
+    wrong = ~((array >= 0.0) & (array <= 1.0))
+    if wrong.any():
+        k = int(np.argmax(wrong))
+        raise ValueError(f"{name} must lie in [0, 1], got {array[k]!r} in round {k}")
+    return array

@@ -1,0 +1,464 @@
+"""Many runs of one learner on one instance: a loop over rounds, vectorised over seeds, on one or more
+devices.
+
+    for chunk of rounds:                      (Python: progress, checkpoints, interruption)
+        draw contexts and noise of the chunk  (one jitted call; independent of what is learned)
+        for round in chunk:                   (one compiled loop)
+            sigma -> decision set -> choice -> reward -> regret, for all seeds at once
+
+Randomness: one key. Streams for theta, rounds, learner and adversary are folded from it, then the number of
+    the
+round; run s takes entry s of what a round draws. So two learners meet identical theta, decision sets and
+noise, and run s is the same however many runs there are. Memory does not grow with the number of rounds
+unless `record="all"`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int, Key
+from tqdm import tqdm
+
+from . import checks
+from .adversaries import Prefixed
+from .environment import Adversary, Algorithm, Instance, Observation, Spec, Transition
+from .results import Checkpoints, Result, State
+
+Record = Literal["total", "checkpoints", "all"]
+Mode = Literal["block", "dense"]
+
+_STREAMS = {"theta": 0, "rounds": 1, "learner": 2, "adversary": 3}
+# Draws of a chunk stay in the cache of a core; longer chunks only save dispatches.
+_CHUNK_BYTES = 4 * 2**20
+_CHUNK_ROUNDS = (16, 1024)
+_F32_STATE = 1_000_000
+
+
+class Sum(NamedTuple):
+    """A running sum and what rounding took from it (Kahan): float32 holds 10^6 rounds without loss."""
+
+    total: Float[Array, ""]
+    lost: Float[Array, ""]
+
+    def plus(self, term: Float[Array, ""]) -> Sum:
+        """The sum with one more term."""
+        corrected = term - self.lost
+        total = self.total + corrected
+        return Sum(total, (total - self.total) - corrected)
+
+
+class Carry(NamedTuple):
+    """Everything that lives from one round to the next, for one run."""
+
+    instance: Any
+    learner: Any
+    adversary: Any
+    regret: Sum
+    variance: Sum
+    certificate: Sum
+    stopped: Int[Array, ""]
+
+
+def simulate(
+    algorithm: Algorithm,
+    instance: Instance,
+    adversary: Adversary | None = None,
+    *,
+    key: Key[Array, ""],
+    n_seeds: int,
+    horizon: int | None = None,
+    record: Record = "total",
+    mode: Mode = "block",
+    unroll: int = 1,
+    sharding: NamedSharding | None = None,
+    resume: State | Result | None = None,
+    progress: bool = True,
+) -> Result:
+    """Plays `n_seeds` independent runs, each with its own theta and noise.
+
+    Args:
+        algorithm: the learner.
+        instance: the environment.
+        adversary: who chooses sigma_k; None plays the sequence that the instance was built for.
+        key: a `jax.random.key`; the same key gives the same theta, decision sets and noise to every learner.
+        n_seeds: number of runs, >= 1.
+        horizon: play only the first so many rounds; by default all that the instance has.
+        record: "total" keeps the sums, "checkpoints" also the sums at rounds on a logarithmic grid, "all" at
+            every round.
+        mode: "block" keeps one Gram matrix for each orthogonal block, "dense" one for all coordinates; the
+            same choices, to rounding.
+        unroll: rounds in one step of the compiled loop, >= 1; worth trying on GPUs.
+        sharding: spreads the runs over the devices of a one-dimensional mesh; None uses the default device.
+        resume: a finished part of the same simulation (`Result` or `Result.state`), continued bit for bit.
+        progress: show a bar on terminals.
+
+    Returns:
+        Regret, total variance and more for every run.
+
+    Raises:
+        TypeError: if an argument has the wrong type.
+        ValueError: if an argument is out of range, learner, adversary and instance do not suit each other
+            (who may see what), or `resume` belongs to another simulation.
+    """
+    n_seeds = checks.count("n_seeds", n_seeds)
+    unroll = checks.count("unroll", unroll)
+    checks.one_of("record", record, ("total", "checkpoints", "all"))
+    checks.one_of("mode", mode, ("block", "dense"))
+    adversary = _adversary(instance, adversary)
+    last = checks.count("horizon", instance.horizon if horizon is None else horizon)
+    spec = match(algorithm, instance, adversary, last)
+    _warn_float32(algorithm, spec)
+    place = _placement(sharding, n_seeds)
+    plan = Plan(algorithm, mode, n_seeds, unroll, record != "total", sharding)
+    spec = spec.in_one_block() if mode == "dense" else spec
+    identity = fingerprint(plan, instance, adversary, key)
+    streams = {name: jax.random.fold_in(key, number) for name, number in _STREAMS.items()}
+
+    first, earlier = 0, None
+    if resume is None:
+        carry = _start(plan, instance, adversary, spec, streams)
+    else:
+        state, earlier = (resume.state, resume.checkpoints) if isinstance(resume, Result) else (resume, None)
+        like = jax.eval_shape(partial(_start, plan), instance, adversary, spec, streams)
+        first, carry = state.restore(like, identity)
+        if first > last:
+            raise ValueError(f"horizon must be >= {first}, the rounds already played, got {last!r}")
+    carry = place(carry)
+    chunk = chunk_length(plan, instance, adversary, spec)
+    wanted = checkpoint_rounds(instance.horizon) if record == "checkpoints" else None
+    played, traces = [], []
+    with tqdm(
+        total=last, initial=first, unit="round", disable=None if progress else True, leave=False
+    ) as bar:
+        while first < last:
+            start = first - first % chunk
+            low, high = first - start, min(chunk, last - start)
+            drawn = _draw(plan, chunk, instance, adversary, spec, streams, start)
+            carry, trace = _play(plan, chunk, instance, adversary, carry, drawn, start, low, high)
+            if trace is not None:
+                rounds = np.arange(start + low, start + high) + 1
+                kept = rounds if wanted is None else rounds[np.isin(rounds, wanted)]
+                played.append(kept)
+                traces.append(tuple(np.asarray(rows)[kept - start - 1] for rows in trace))
+            bar.update(high - low)
+            first = start + high
+    return _result(plan, carry, first, identity, earlier, played, traces)
+
+
+class Plan(NamedTuple):
+    """What a compiled program depends on besides the shapes of its arguments."""
+
+    algorithm: Algorithm
+    mode: Mode
+    n_seeds: int
+    unroll: int
+    traced: bool
+    sharding: NamedSharding | None
+
+
+def match(algorithm: Algorithm, instance: Instance, adversary: Adversary, horizon: int) -> Spec:
+    """Checks who sees what, and returns what the learner is told.
+
+    Args:
+        algorithm: the learner.
+        instance: the environment.
+        adversary: the chooser of sigma_k.
+        horizon: rounds to be played.
+
+    Raises:
+        ValueError: if a participant asks for information that the protocol does not give it.
+    """
+    if adversary.sees not in ("nothing", "history", "decision_set"):
+        raise ValueError(
+            f'an adversary sees "nothing", "history" or "decision_set", {type(adversary).__name__} asks for '
+            f"{adversary.sees!r}; the parameter theta is shown to none"
+        )
+    if adversary.sees == "decision_set" and instance.uses_sigma:
+        raise ValueError(
+            f"{type(adversary).__name__} chooses sigma after the decision set, but "
+            f"{type(instance).__name__} builds the decision set from sigma; use a weak adversary or an instance such as RandomContexts"
+        )
+    if algorithm.needs_sigma not in ("never", "after", "before", "upfront"):
+        raise ValueError(
+            f'needs_sigma must be "never", "after", "before" or "upfront", got {algorithm.needs_sigma!r}'
+        )
+    if horizon > instance.horizon:
+        raise ValueError(f"horizon must be <= {instance.horizon}, that of the instance, got {horizon!r}")
+    if isinstance(adversary, Prefixed) and adversary.sigma.shape[0] < horizon:
+        raise ValueError(f"sigma must cover {horizon} rounds, got {adversary.sigma.shape[0]}")
+    if algorithm.needs_sigma == "upfront":
+        if not isinstance(adversary, Prefixed):
+            raise ValueError(
+                f"{algorithm.name} needs the whole sequence before the first round, which only a Prefixed "
+                f"adversary has, got {type(adversary).__name__}"
+            )
+        return instance.spec(adversary.sigma)
+    return instance.spec()
+
+
+def fingerprint(plan: Plan, instance: Instance, adversary: Adversary, key: Key[Array, ""]) -> str:
+    """Names a simulation up to its horizon: learner, instance, adversary, key, number of runs and mode.
+
+    Args:
+        plan: learner, mode and number of runs.
+        instance: the environment.
+        adversary: the chooser of sigma_k.
+        key: the key.
+    """
+    leaves, structure = jax.tree.flatten((instance, adversary))
+    digest = hashlib.sha256(repr((structure, plan.algorithm.config, plan.mode, plan.n_seeds)).encode())
+    for leaf in [*leaves, jax.random.key_data(key)]:
+        array = np.asarray(leaf)
+        digest.update(repr((array.shape, array.dtype)).encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def chunk_length(plan: Plan, instance: Instance, adversary: Adversary, spec: Spec) -> int:
+    """Rounds that are drawn at once: a power of two, so many that the draws take about 4 MiB.
+
+    Args:
+        plan: learner and number of runs.
+        instance: the environment.
+        adversary: the chooser of sigma_k.
+        spec: sizes of the problem.
+    """
+    drawn = jax.eval_shape(partial(_draw_round, plan, instance, adversary, spec), _stream_keys(), 0)
+    per_round = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(drawn))
+    low, high = _CHUNK_ROUNDS
+    fitting = max(1, _CHUNK_BYTES // max(1, per_round))
+    return int(min(high, max(low, 2 ** (fitting.bit_length() - 1))))
+
+
+def checkpoint_rounds(horizon: int) -> Int[np.ndarray, " n"]:
+    """Rounds of the logarithmic grid: about 16 for each factor of two, and the last.
+
+    Args:
+        horizon: number of rounds of the instance.
+    """
+    steps = 16 * int(np.ceil(np.log2(max(horizon, 2)))) + 1
+    return np.unique(np.round(np.geomspace(1, horizon, steps)).astype(int))
+
+
+# ---------------------------------------------------------------------------------------------- one round
+
+
+def play_round(
+    plan: Plan, instance: Instance, adversary: Adversary, carry: Carry, drawn: Any, k: Int[Array, ""]
+) -> tuple[Carry, Any]:
+    """One round of one run: the protocol of `environment`, in its order.
+
+    Args:
+        plan: learner and mode.
+        instance: the environment.
+        adversary: the chooser of sigma_k.
+        carry: the run so far.
+        drawn: what instance, learner and adversary drew for the round.
+        k: the round, from 0.
+
+    Returns:
+        The run after the round, and its running sums.
+    """
+    algorithm = plan.algorithm
+    of_instance, of_learner, of_adversary = drawn
+    seen = None
+    if adversary.sees == "decision_set":
+        seen = instance.decision_set(carry.instance, k, jnp.ones(()), of_instance)
+    observation = Observation(k, carry.variance.total, seen)
+    sigma = adversary.choose(carry.adversary, observation, of_adversary)
+    offered = seen if seen is not None else instance.decision_set(carry.instance, k, sigma, of_instance)
+    shown = offered.in_one_block() if plan.mode == "dense" else offered
+
+    before = sigma if algorithm.needs_sigma in ("before", "upfront") else None
+    choice = algorithm.act(carry.learner, shown, before, of_learner)
+    outcome = instance.reward(carry.instance, offered, choice, sigma, of_instance)
+    after = None if algorithm.needs_sigma == "never" else sigma
+    learner = algorithm.update(carry.learner, shown, choice, outcome.reward, after)
+    past = carry.adversary
+    if adversary.sees != "nothing":
+        past = adversary.update(past, Transition(k, offered, choice, outcome.reward, sigma))
+
+    certificate = carry.certificate
+    if algorithm.width is not None:
+        width = algorithm.width(carry.learner, shown, choice)
+        certificate = certificate.plus(jnp.minimum(instance.reward_range, 2.0 * width))
+    carry = Carry(
+        instance.after(carry.instance, offered, sigma),
+        learner,
+        past,
+        carry.regret.plus(outcome.best_mean - outcome.mean),
+        carry.variance.plus(sigma**2),
+        certificate,
+        carry.stopped + (sigma == 0.0),
+    )
+    return carry, (carry.regret.total, carry.variance.total) if plan.traced else None
+
+
+# ---------------------------------------------------------------------------------------------- programs
+
+
+@partial(jax.jit, static_argnums=0)
+def _start(
+    plan: Plan, instance: Instance, adversary: Adversary, spec: Spec, streams: dict[str, Key[Array, ""]]
+) -> Carry:
+    algorithm = plan.algorithm
+    zero = jnp.zeros(())
+
+    def run(seed: Int[Array, ""]) -> Carry:
+        hidden = instance.init(jax.random.fold_in(streams["theta"], seed))
+        learner = algorithm.init(jax.random.fold_in(streams["learner"], seed), spec)
+        if algorithm.reveal is not None:
+            learner = algorithm.reveal(learner, instance, hidden)
+        sums = (Sum(zero, zero),) * 3
+        return Carry(hidden, learner, adversary.init(instance.spec()), *sums, jnp.zeros((), jnp.int32))
+
+    return jax.vmap(run)(jnp.arange(plan.n_seeds))
+
+
+def _draw_round(
+    plan: Plan,
+    instance: Instance,
+    adversary: Adversary,
+    spec: Spec,
+    streams: dict[str, Key[Array, ""]],
+    k: Int[Array, ""] | int,
+) -> tuple[Any, Any, Any]:
+    keys = {name: jax.random.fold_in(key, k) for name, key in streams.items()}
+    shape = (plan.n_seeds,)
+    return (
+        instance.draw(keys["rounds"], shape),
+        plan.algorithm.draw(keys["learner"], spec, shape),
+        adversary.draw(keys["adversary"], shape),
+    )
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _draw(
+    plan: Plan,
+    chunk: int,
+    instance: Instance,
+    adversary: Adversary,
+    spec: Spec,
+    streams: dict[str, Key[Array, ""]],
+    start: int,
+) -> tuple[Any, Any, Any]:
+    rounds = start + jnp.arange(chunk)
+    drawn = jax.vmap(partial(_draw_round, plan, instance, adversary, spec, streams))(rounds)
+    if plan.sharding is None:
+        return drawn
+    along = NamedSharding(plan.sharding.mesh, PartitionSpec(None, *plan.sharding.spec))
+    return jax.tree.map(lambda leaf: lax.with_sharding_constraint(leaf, along), drawn)
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+def _play(
+    plan: Plan,
+    chunk: int,
+    instance: Instance,
+    adversary: Adversary,
+    carry: Carry,
+    drawn: tuple[Any, Any, Any],
+    start: int,
+    low: int,
+    high: int,
+) -> tuple[Carry, Any]:
+    """Rounds start + low to start + high - 1; the bounds are values: parts of a chunk run the same program."""
+    step = jax.vmap(partial(play_round, plan, instance, adversary), in_axes=(0, 0, None))
+    trace = None
+    if plan.traced:
+        empty = jnp.zeros((chunk, plan.n_seeds), carry.regret.total.dtype)
+        trace = (empty, empty)
+
+    def advance(i: Int[Array, ""], state: tuple[Carry, Any]) -> tuple[Carry, Any]:
+        carry, trace = state
+        carry, sums = step(carry, jax.tree.map(lambda leaf: leaf[i], drawn), start + i)
+        if trace is not None:
+            trace = jax.tree.map(lambda rows, row: rows.at[i].set(row), trace, sums)
+        return carry, trace
+
+    def several(j: Int[Array, ""], state: tuple[Carry, Any]) -> tuple[Carry, Any]:
+        for offset in range(plan.unroll):
+            state = advance(low + plan.unroll * j + offset, state)
+        return state
+
+    groups = (high - low) // plan.unroll
+    state = lax.fori_loop(0, groups, several, (carry, trace))
+    if plan.unroll == 1:
+        return state
+    return lax.fori_loop(low + plan.unroll * groups, high, advance, state)
+
+
+# ---------------------------------------------------------------------------------------------- surroundings
+
+
+def _adversary(instance: Instance, adversary: Adversary | None) -> Adversary:
+    if adversary is not None:
+        return adversary
+    if instance.prefix is None:
+        raise ValueError(f"adversary must be given: {type(instance).__name__} has no sequence of its own")
+    return Prefixed(instance.prefix)
+
+
+def _warn_float32(algorithm: Algorithm, spec: Spec) -> None:
+    if jnp.zeros(()).dtype == jnp.float32 and (
+        algorithm.name.startswith("SAVE") or spec.horizon * spec.dim > _F32_STATE
+    ):
+        warnings.warn(
+            f"{algorithm.name} runs {spec.horizon} rounds in {spec.dim} dimensions in float32, where rank-one "
+            "updates drift; float64 needs jax.enable_x64",
+            stacklevel=3,
+        )
+
+
+def _placement(sharding: NamedSharding | None, n_seeds: int) -> Callable[[Carry], Carry]:
+    if sharding is None:
+        return lambda carry: carry
+    devices = sharding.mesh.size
+    if len(sharding.spec) != 1 or n_seeds % devices:
+        raise ValueError(
+            f"sharding must split one axis, the runs, and n_seeds be a multiple of its {devices} devices, "
+            f"got {sharding.spec} and {n_seeds!r}"
+        )
+    return lambda carry: jax.device_put(carry, sharding)
+
+
+def _stream_keys() -> dict[str, Any]:
+    return dict.fromkeys(_STREAMS, jax.ShapeDtypeStruct((), jax.random.key(0).dtype))
+
+
+def _result(
+    plan: Plan,
+    carry: Carry,
+    rounds: int,
+    identity: str,
+    earlier: Checkpoints | None,
+    played: list[np.ndarray],
+    traces: list[tuple[np.ndarray, np.ndarray]],
+) -> Result:
+    checkpoints = None
+    if plan.traced:
+        parts = [] if earlier is None else [earlier]
+        parts += [Checkpoints(at, *trace) for at, trace in zip(played, traces, strict=True)]
+        checkpoints = Checkpoints(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+    certified = plan.algorithm.width is not None
+    return Result(
+        algorithm=plan.algorithm.name,
+        rounds=rounds,
+        sees_theta=plan.algorithm.reveal is not None,
+        regret=np.asarray(carry.regret.total),
+        variance_sum=np.asarray(carry.variance.total),
+        self_certificate=np.asarray(carry.certificate.total) if certified else None,
+        rounds_stopped=np.asarray(carry.stopped),
+        checkpoints=checkpoints,
+        state=State.of(rounds, carry, identity),
+    )
