@@ -30,10 +30,10 @@ def worst_direction(inverse, total, k, rng):
 
 
 def worst_ratio(rounds, d, lam, noise, weigh, radius, *, seed, norm=None):
-    """max over n of ||sum w^2 x noise||_{Z^{-1}} / radius(n, ln det ratio) in each of RUNS runs.
+    """max over n of ||sum w^2 x noise||_{Z^{-1}} / radius(n, ln det ratio) in each of the runs.
 
-    weigh(norms before the update) gives the weight w of x. Actions have length 1, or with `norm` that length in
-    the norm of the inverse Gram matrix.
+    weigh(norms before the update) gives the weight w of x. Actions have length 1, or with `norm` that length
+    in the norm of the inverse Gram matrix.
     """
     rng = np.random.default_rng(seed)
     inverse = np.tile(np.eye(d) / lam, (RUNS, 1, 1))
@@ -236,6 +236,30 @@ def test_printed_save_radii_are_at_least_the_derived_ones(K):
         for layer in range(1, save.layers + 1):
             if 2.0**layer < 64 * math.sqrt(math.log(4 * (n + 2) ** 2 * save.layers / save.delta)):
                 assert save.theory_radius(layer) >= derived.save_bernstein_radius(n, layer, **bundle)
+
+
+@pytest.mark.parametrize("n", [1, 10, 10_000])
+@pytest.mark.parametrize("R", [0.01, 1.0, 100.0])
+@pytest.mark.parametrize("v_hat", [0.0, 1.0, 1000.0])
+def test_printed_save_radius_is_large_enough_in_the_empirical_branch(n, R, v_hat):
+    """Docs, section 6: the largest V that the two inequalities allow is within the printed estimate."""
+    layers, delta = 20, 0.01
+    log_k = math.log(4 * (n + 1) ** 2 * layers / delta)
+    log_k1 = math.log(4 * (n + 2) ** 2 * layers / delta)
+    log_peel = math.log(8 * n**2 * layers * (2 + math.log2(n)) / delta)
+    scale = 1 / (64 * math.sqrt(log_k1))  # the largest 2^{-l} of this branch
+
+    def radius(variance):
+        gaussian = derived.C_GAUSS * math.sqrt(2 * max(variance, R**2 / 2) * log_peel)
+        return scale * (gaussian + derived.C_PRODUCT * R * log_peel + 1)
+
+    variance = 0.0
+    for _ in range(100):  # the map is increasing with slope < 0.12: its fixed point is the largest V
+        variance = 4 * v_hat + 4 * radius(variance) ** 2 + 2 * R**2 * log_peel
+    estimate = 8 * v_hat + 6 * R**2 * log_k1 + 16 * scale**2
+    printed = 16 * scale * math.sqrt(estimate * log_k) + 6 * scale * R * log_k + 2 * scale
+    assert variance <= estimate
+    assert radius(variance) <= printed
 
 
 @pytest.mark.parametrize("layer", [1, 3, 6])
