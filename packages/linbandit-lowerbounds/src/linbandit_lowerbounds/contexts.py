@@ -41,7 +41,7 @@ class _Listed(Instance):
         return Reward(mean + sigma * draw.noise, mean, values.max())
 
 
-@register(arrays=("actions", "theta", "mask"), static=("dim", "max_actions", "horizon"))
+@register(arrays=("actions", "theta", "mask"), static=("dim", "block_dim", "max_actions", "horizon"))
 class FixedSet(_Listed):
     """The same actions in every round; Gaussian noise of standard deviation sigma_k.
 
@@ -71,12 +71,8 @@ class FixedSet(_Listed):
         self.theta = None if hidden is None else jnp.asarray(hidden, float)
         self.mask = jnp.ones(rows.shape[0], bool)
         self.max_actions, self.dim = rows.shape
+        self.block_dim = self.dim
         self.horizon = checks.count("horizon", horizon)
-
-    @property
-    def block_dim(self) -> int:
-        """One block of d coordinates."""
-        return self.dim
 
     def init(self, key: Key[Array, ""]) -> Float[Array, " d"]:
         """The given theta, or a uniformly random unit vector."""
@@ -93,7 +89,7 @@ class FixedSet(_Listed):
         return DecisionSet(self.actions, self.mask, jnp.zeros((), jnp.int32), 1)
 
 
-@register(arrays=("norm",), static=("dim", "max_actions", "horizon"))
+@register(arrays=("norm",), static=("dim", "block_dim", "max_actions", "horizon"))
 class RandomContexts(_Listed):
     """Fresh actions in every round, uniform on a sphere; theta uniform on the unit sphere; Gaussian noise.
 
@@ -109,18 +105,13 @@ class RandomContexts(_Listed):
     """
 
     def __init__(self, d: int, n_actions: int, norm: float = 1.0, *, horizon: int) -> None:
-        self.dim = checks.count("d", d)
+        self.dim = self.block_dim = checks.count("d", d)
         self.max_actions = checks.count("n_actions", n_actions)
         length = checks.real("norm", norm, above=0.0)
         if length > 1.0:
             raise ValueError(f"norm must be in (0, 1], got {norm!r}")
         self.norm = jnp.asarray(length, float)
         self.horizon = checks.count("horizon", horizon)
-
-    @property
-    def block_dim(self) -> int:
-        """One block of d coordinates."""
-        return self.dim
 
     def init(self, key: Key[Array, ""]) -> Float[Array, " d"]:
         """A uniformly random unit vector."""

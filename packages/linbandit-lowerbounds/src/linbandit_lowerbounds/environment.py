@@ -182,12 +182,15 @@ class Instance:
         raise NotImplementedError
 
     def reward(
-        self, state: Any, decision_set: AnySet, choice: Choice, sigma: Float[Array, ""], draw: Any
+        self, state: Any, decision_set: Any, choice: Choice, sigma: Float[Array, ""], draw: Any
     ) -> Reward:
-        """The reward of a choice, with the noise that `draw` gave."""
+        """The reward of a choice, with the noise that `draw` gave.
+
+        `decision_set` is what `decision_set` returned, of the one type that the instance makes.
+        """
         raise NotImplementedError
 
-    def after(self, state: Any, decision_set: AnySet, sigma: Float[Array, ""]) -> Any:
+    def after(self, state: Any, decision_set: Any, sigma: Float[Array, ""]) -> Any:
         """The state after a round (visit counters, loads); by default unchanged."""
         return state
 
