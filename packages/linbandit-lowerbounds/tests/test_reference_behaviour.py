@@ -90,7 +90,7 @@ def test_best_pair_is_no_worse_than_a_fine_grid():
         inside += 0 < p < 1
         assert ratio <= np.min(values) + 1e-12
         assert ratio == pytest.approx(np.min(values), rel=1e-3)  # the grid misses the minimum by 1 / 4000
-    assert inside > 20
+    assert inside >= 10  # true mixtures are among the cases
 
 
 def test_mixing_two_actions_never_has_a_larger_ratio_than_the_best_single_one():
@@ -119,20 +119,18 @@ def test_bayes_ucb_posterior_is_the_precision_form_and_keeps_known_coordinates()
     np.testing.assert_allclose(algorithm.covariance[1:, 1:], np.linalg.inv(precision), rtol=1e-11)
 
 
-def test_save_keeps_the_best_action_in_every_layer_where_its_radius_holds():
-    theta = np.array([0.8, 0.6])
-    save, rng = SAVE(2, K=50), np.random.default_rng(6)
-    actions = np.array([theta, -theta, [-0.6, 0.8]])
-    for layer in range(1, 4):  # so much data that all norms are below 2^{-layer} but not below 2^{-layer - 1}
-        save.gram[layer - 1] = 4.0**layer * np.eye(2)
-        save.b[layer - 1] = save.gram[layer - 1] @ (theta + 0.01 * rng.normal(size=2))
-        save.beta[layer - 1] = 0.2
-    save.act(actions)
-    assert save.layer == 4
-    mean = actions @ save.theta[0]
-    assert mean[0] - mean[1] > 2 * 0.5 * 0.2  # eliminated in layer 1 already
-    picked = actions[save.act(actions)]
-    assert picked @ theta > 0.99
+@pytest.mark.parametrize(("behind", "survives"), [(1.9, True), (2.1, False)])
+def test_save_eliminates_at_twice_the_confidence_width(behind, survives):
+    """Layer 1: width 2^{-1} beta; the second action lies `behind` widths below the first."""
+    save = SAVE(2, K=50)
+    width = 0.5 * 0.2
+    save.gram[0] = 4.0 * np.eye(2)  # unit actions: norm 1/2, not above 2^{-1} and above alpha
+    save.b[0] = save.gram[0] @ np.array([0.5, 0.5 - behind * width])
+    save.beta[0] = 0.2
+    save.gram[1] = np.diag([1e9, 4.0])  # layer 2 would explore the second action
+    save.beta[1] = 1e-6
+    assert save.act(np.eye(2)) == (1 if survives else 0)
+    assert (save.layer == 2) == survives
 
 
 def test_save_with_one_layer_exploits_without_learning_when_nothing_is_uncertain():
