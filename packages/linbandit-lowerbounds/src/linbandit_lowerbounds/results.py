@@ -73,8 +73,8 @@ class State:
         )
         if identity != self.identity or not fits:
             raise ValueError(
-                "resume must come from the same learner (all settings), instance, adversary, key, n_seeds, mode "
-                "and floating point type; this state belongs to another simulation"
+                "resume must come from the same learner (all settings), instance, adversary, key, n_seeds, "
+                "mode and floating point type; this state belongs to another simulation"
             )
         restored = [
             jax.random.wrap_key_data(jnp.asarray(have)) if _is_key(want) else jnp.asarray(have)

@@ -1,5 +1,4 @@
-"""Many runs of one learner on one instance: a loop over rounds, vectorised over seeds, on one or more
-devices.
+"""Many runs of one learner on one instance: a loop over rounds, vectorised over seeds.
 
     for chunk of rounds:                      (Python: progress, checkpoints, interruption)
         draw contexts and noise of the chunk  (one jitted call; independent of what is learned)
@@ -7,8 +6,7 @@ devices.
             sigma -> decision set -> choice -> reward -> regret, for all seeds at once
 
 Randomness: one key. Streams for theta, rounds, learner and adversary are folded from it, then the number of
-    the
-round; run s takes entry s of what a round draws. So two learners meet identical theta, decision sets and
+the round; run s takes entry s of what a round draws. So two learners meet identical theta, decision sets and
 noise, and run s is the same however many runs there are. Memory does not grow with the number of rounds
 unless `record="all"`.
 """
@@ -16,6 +14,8 @@ unless `record="all"`.
 from __future__ import annotations
 
 import hashlib
+import os
+import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -31,17 +31,19 @@ from tqdm import tqdm
 
 from . import checks
 from .adversaries import Prefixed
-from .environment import Adversary, Algorithm, Instance, Observation, Spec, Transition
+from .environment import Adversary, Algorithm, AnySet, Instance, Observation, Spec, Transition
 from .results import Checkpoints, Result, State
 
 Record = Literal["total", "checkpoints", "all"]
 Mode = Literal["block", "dense"]
+Round = Int[Array, ""] | int
 
 _STREAMS = {"theta": 0, "rounds": 1, "learner": 2, "adversary": 3}
 # Draws of a chunk stay in the cache of a core; longer chunks only save dispatches.
 _CHUNK_BYTES = 4 * 2**20
 _CHUNK_ROUNDS = (16, 1024)
 _F32_STATE = 1_000_000
+_SAVE_SECONDS = 60.0
 
 
 class Sum(NamedTuple):
@@ -82,6 +84,7 @@ def simulate(
     unroll: int = 1,
     sharding: NamedSharding | None = None,
     resume: State | Result | None = None,
+    save_to: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Result:
     """Plays `n_seeds` independent runs, each with its own theta and noise.
@@ -100,6 +103,8 @@ def simulate(
         unroll: rounds in one step of the compiled loop, >= 1; worth trying on GPUs.
         sharding: spreads the runs over the devices of a one-dimensional mesh; None uses the default device.
         resume: a finished part of the same simulation (`Result` or `Result.state`), continued bit for bit.
+        save_to: npz file for the result so far, written about once a minute and at the end; after an
+            interruption go on with `resume=Result.load(save_to)`.
         progress: show a bar on terminals.
 
     Returns:
@@ -114,7 +119,7 @@ def simulate(
     unroll = checks.count("unroll", unroll)
     checks.one_of("record", record, ("total", "checkpoints", "all"))
     checks.one_of("mode", mode, ("block", "dense"))
-    adversary = _adversary(instance, adversary)
+    adversary = adversary_of(instance, adversary)
     last = checks.count("horizon", instance.horizon if horizon is None else horizon)
     spec = match(algorithm, instance, adversary, last)
     _warn_float32(algorithm, spec)
@@ -122,14 +127,14 @@ def simulate(
     plan = Plan(algorithm, mode, n_seeds, unroll, record != "total", sharding)
     spec = spec.in_one_block() if mode == "dense" else spec
     identity = fingerprint(plan, instance, adversary, key)
-    streams = {name: jax.random.fold_in(key, number) for name, number in _STREAMS.items()}
+    streams = streams_of(key)
 
     first, earlier = 0, None
     if resume is None:
-        carry = _start(plan, instance, adversary, spec, streams)
+        carry = start_runs(plan, instance, adversary, spec, streams)
     else:
         state, earlier = (resume.state, resume.checkpoints) if isinstance(resume, Result) else (resume, None)
-        like = jax.eval_shape(partial(_start, plan), instance, adversary, spec, streams)
+        like = jax.eval_shape(partial(start_runs, plan), instance, adversary, spec, streams)
         first, carry = state.restore(like, identity)
         if first > last:
             raise ValueError(f"horizon must be >= {first}, the rounds already played, got {last!r}")
@@ -137,13 +142,18 @@ def simulate(
     chunk = chunk_length(plan, instance, adversary, spec)
     wanted = checkpoint_rounds(instance.horizon) if record == "checkpoints" else None
     played, traces = [], []
+
+    def so_far() -> Result:
+        return collect(plan, carry, first, identity, earlier, played, traces)
+
+    saved = time.monotonic()
     with tqdm(
         total=last, initial=first, unit="round", disable=None if progress else True, leave=False
     ) as bar:
         while first < last:
             start = first - first % chunk
             low, high = first - start, min(chunk, last - start)
-            drawn = _draw(plan, chunk, instance, adversary, spec, streams, start)
+            drawn = draw_chunk(plan, chunk, instance, adversary, spec, streams, start)
             carry, trace = _play(plan, chunk, instance, adversary, carry, drawn, start, low, high)
             if trace is not None:
                 rounds = np.arange(start + low, start + high) + 1
@@ -152,7 +162,13 @@ def simulate(
                 traces.append(tuple(np.asarray(rows)[kept - start - 1] for rows in trace))
             bar.update(high - low)
             first = start + high
-    return _result(plan, carry, first, identity, earlier, played, traces)
+            if save_to is not None and time.monotonic() - saved > _SAVE_SECONDS:
+                so_far().save(save_to)
+                saved = time.monotonic()
+    result = so_far()
+    if save_to is not None:
+        result.save(save_to)
+    return result
 
 
 class Plan(NamedTuple):
@@ -186,7 +202,8 @@ def match(algorithm: Algorithm, instance: Instance, adversary: Adversary, horizo
     if adversary.sees == "decision_set" and instance.uses_sigma:
         raise ValueError(
             f"{type(adversary).__name__} chooses sigma after the decision set, but "
-            f"{type(instance).__name__} builds the decision set from sigma; use a weak adversary or an instance such as RandomContexts"
+            f"{type(instance).__name__} builds the decision set from sigma; use a weak adversary or an "
+            "instance such as RandomContexts"
         )
     if algorithm.needs_sigma not in ("never", "after", "before", "upfront"):
         raise ValueError(
@@ -233,7 +250,8 @@ def chunk_length(plan: Plan, instance: Instance, adversary: Adversary, spec: Spe
         adversary: the chooser of sigma_k.
         spec: sizes of the problem.
     """
-    drawn = jax.eval_shape(partial(_draw_round, plan, instance, adversary, spec), _stream_keys(), 0)
+    streams = _stream_keys()
+    drawn = jax.eval_shape(lambda keys: _draw_round(plan, instance, adversary, spec, keys, 0), streams)
     per_round = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(drawn))
     low, high = _CHUNK_ROUNDS
     fitting = max(1, _CHUNK_BYTES // max(1, per_round))
@@ -250,11 +268,48 @@ def checkpoint_rounds(horizon: int) -> Int[np.ndarray, " n"]:
     return np.unique(np.round(np.geomspace(1, horizon, steps)).astype(int))
 
 
+def streams_of(key: Key[Array, ""]) -> dict[str, Key[Array, ""]]:
+    """Independent keys for theta, the rounds of the instance, the learner and the adversary.
+
+    Args:
+        key: the key of the simulation.
+    """
+    return {name: jax.random.fold_in(key, number) for name, number in _STREAMS.items()}
+
+
 # ---------------------------------------------------------------------------------------------- one round
 
 
+def offer(
+    instance: Instance,
+    adversary: Adversary,
+    carry: Carry,
+    of_instance: Any,
+    of_adversary: Any,
+    k: Round,
+) -> tuple[Float[Array, ""], AnySet]:
+    """Sigma_k and D_k of one run, chosen in the order that the adversary's sight allows.
+
+    Args:
+        instance: the environment.
+        adversary: the chooser of sigma_k.
+        carry: the run so far.
+        of_instance: what the instance drew for the round.
+        of_adversary: what the adversary drew for the round.
+        k: the round, from 0.
+    """
+    seen = None
+    if adversary.sees == "decision_set":
+        seen = instance.decision_set(carry.instance, k, jnp.ones(()), of_instance)
+    observation = Observation(k, carry.variance.total, seen)
+    sigma = adversary.choose(carry.adversary, observation, of_adversary)
+    if seen is not None:
+        return sigma, seen
+    return sigma, instance.decision_set(carry.instance, k, sigma, of_instance)
+
+
 def play_round(
-    plan: Plan, instance: Instance, adversary: Adversary, carry: Carry, drawn: Any, k: Int[Array, ""]
+    plan: Plan, instance: Instance, adversary: Adversary, carry: Carry, drawn: Any, k: Round
 ) -> tuple[Carry, Any]:
     """One round of one run: the protocol of `environment`, in its order.
 
@@ -271,12 +326,7 @@ def play_round(
     """
     algorithm = plan.algorithm
     of_instance, of_learner, of_adversary = drawn
-    seen = None
-    if adversary.sees == "decision_set":
-        seen = instance.decision_set(carry.instance, k, jnp.ones(()), of_instance)
-    observation = Observation(k, carry.variance.total, seen)
-    sigma = adversary.choose(carry.adversary, observation, of_adversary)
-    offered = seen if seen is not None else instance.decision_set(carry.instance, k, sigma, of_instance)
+    sigma, offered = offer(instance, adversary, carry, of_instance, of_adversary, k)
     shown = offered.in_one_block() if plan.mode == "dense" else offered
 
     before = sigma if algorithm.needs_sigma in ("before", "upfront") else None
@@ -308,9 +358,18 @@ def play_round(
 
 
 @partial(jax.jit, static_argnums=0)
-def _start(
+def start_runs(
     plan: Plan, instance: Instance, adversary: Adversary, spec: Spec, streams: dict[str, Key[Array, ""]]
 ) -> Carry:
+    """All runs before the first round: theta, learners, adversaries.
+
+    Args:
+        plan: learner and number of runs.
+        instance: the environment.
+        adversary: the chooser of sigma_k.
+        spec: what the learner is told.
+        streams: as `streams_of` gives them.
+    """
     algorithm = plan.algorithm
     zero = jnp.zeros(())
 
@@ -319,8 +378,8 @@ def _start(
         learner = algorithm.init(jax.random.fold_in(streams["learner"], seed), spec)
         if algorithm.reveal is not None:
             learner = algorithm.reveal(learner, instance, hidden)
-        sums = (Sum(zero, zero),) * 3
-        return Carry(hidden, learner, adversary.init(instance.spec()), *sums, jnp.zeros((), jnp.int32))
+        none, stopped = Sum(zero, zero), jnp.zeros((), jnp.int32)
+        return Carry(hidden, learner, adversary.init(instance.spec()), none, none, none, stopped)
 
     return jax.vmap(run)(jnp.arange(plan.n_seeds))
 
@@ -330,8 +389,8 @@ def _draw_round(
     instance: Instance,
     adversary: Adversary,
     spec: Spec,
-    streams: dict[str, Key[Array, ""]],
-    k: Int[Array, ""] | int,
+    streams: dict[str, Any],
+    k: Round,
 ) -> tuple[Any, Any, Any]:
     keys = {name: jax.random.fold_in(key, k) for name, key in streams.items()}
     shape = (plan.n_seeds,)
@@ -343,15 +402,29 @@ def _draw_round(
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _draw(
+def draw_chunk(
     plan: Plan,
     chunk: int,
     instance: Instance,
     adversary: Adversary,
     spec: Spec,
     streams: dict[str, Key[Array, ""]],
-    start: int,
+    start: Round,
 ) -> tuple[Any, Any, Any]:
+    """What instance, learner and adversary draw in `chunk` rounds from `start` on, for all runs.
+
+    Args:
+        plan: learner and number of runs.
+        chunk: number of rounds.
+        instance: the environment.
+        adversary: the chooser of sigma_k.
+        spec: what the learner is told.
+        streams: as `streams_of` gives them.
+        start: the first round.
+
+    Returns:
+        Three pytrees whose leaves have shape (chunk, n_seeds, ...).
+    """
     rounds = start + jnp.arange(chunk)
     drawn = jax.vmap(partial(_draw_round, plan, instance, adversary, spec, streams))(rounds)
     if plan.sharding is None:
@@ -368,25 +441,25 @@ def _play(
     adversary: Adversary,
     carry: Carry,
     drawn: tuple[Any, Any, Any],
-    start: int,
-    low: int,
-    high: int,
+    start: Round,
+    low: Round,
+    high: Round,
 ) -> tuple[Carry, Any]:
-    """Rounds start + low to start + high - 1; the bounds are values: parts of a chunk run the same program."""
+    """Rounds start + low to start + high - 1; parts of a chunk run the same program, to the same bits."""
     step = jax.vmap(partial(play_round, plan, instance, adversary), in_axes=(0, 0, None))
     trace = None
     if plan.traced:
         empty = jnp.zeros((chunk, plan.n_seeds), carry.regret.total.dtype)
         trace = (empty, empty)
 
-    def advance(i: Int[Array, ""], state: tuple[Carry, Any]) -> tuple[Carry, Any]:
+    def advance(i: Round, state: tuple[Carry, Any]) -> tuple[Carry, Any]:
         carry, trace = state
         carry, sums = step(carry, jax.tree.map(lambda leaf: leaf[i], drawn), start + i)
         if trace is not None:
             trace = jax.tree.map(lambda rows, row: rows.at[i].set(row), trace, sums)
         return carry, trace
 
-    def several(j: Int[Array, ""], state: tuple[Carry, Any]) -> tuple[Carry, Any]:
+    def several(j: Round, state: tuple[Carry, Any]) -> tuple[Carry, Any]:
         for offset in range(plan.unroll):
             state = advance(low + plan.unroll * j + offset, state)
         return state
@@ -401,7 +474,16 @@ def _play(
 # ---------------------------------------------------------------------------------------------- surroundings
 
 
-def _adversary(instance: Instance, adversary: Adversary | None) -> Adversary:
+def adversary_of(instance: Instance, adversary: Adversary | None) -> Adversary:
+    """The given adversary, or the sequence that the instance was built for.
+
+    Args:
+        instance: the environment.
+        adversary: the chooser of sigma_k, or None.
+
+    Raises:
+        ValueError: if there is neither.
+    """
     if adversary is not None:
         return adversary
     if instance.prefix is None:
@@ -414,8 +496,8 @@ def _warn_float32(algorithm: Algorithm, spec: Spec) -> None:
         algorithm.name.startswith("SAVE") or spec.horizon * spec.dim > _F32_STATE
     ):
         warnings.warn(
-            f"{algorithm.name} runs {spec.horizon} rounds in {spec.dim} dimensions in float32, where rank-one "
-            "updates drift; float64 needs jax.enable_x64",
+            f"{algorithm.name}: {spec.horizon} rounds in {spec.dim} dimensions in float32, where rank-one "
+            "updates drift; jax.enable_x64 gives float64",
             stacklevel=3,
         )
 
@@ -436,7 +518,7 @@ def _stream_keys() -> dict[str, Any]:
     return dict.fromkeys(_STREAMS, jax.ShapeDtypeStruct((), jax.random.key(0).dtype))
 
 
-def _result(
+def collect(
     plan: Plan,
     carry: Carry,
     rounds: int,
@@ -445,6 +527,17 @@ def _result(
     played: list[np.ndarray],
     traces: list[tuple[np.ndarray, np.ndarray]],
 ) -> Result:
+    """The outcome of all runs so far, on the host.
+
+    Args:
+        plan: the learner, and whether running sums were kept.
+        carry: the runs.
+        rounds: finished rounds.
+        identity: as `fingerprint` gives it.
+        earlier: checkpoints of the part before, if the simulation was resumed.
+        played: numbers of finished rounds of the kept sums, one array for each chunk.
+        traces: regret and total variance at those rounds.
+    """
     checkpoints = None
     if plan.traced:
         parts = [] if earlier is None else [earlier]

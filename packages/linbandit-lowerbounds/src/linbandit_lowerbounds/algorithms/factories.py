@@ -19,10 +19,11 @@ def factory(make: Callable[P, Algorithm]) -> Callable[P, Algorithm]:
     Args:
         make: a function of keyword arguments that returns an `Algorithm`.
     """
+    untyped: Callable[..., Algorithm] = make
 
     def build(**settings: Any) -> Algorithm:
         config = ", ".join(f"{name}={value!r}" for name, value in sorted(settings.items()))
-        return make(**settings)._replace(config=f"{make.__name__}({config})")
+        return untyped(**settings)._replace(config=f"{make.__name__}({config})")
 
     cached = lru_cache(maxsize=None)(build)
 
