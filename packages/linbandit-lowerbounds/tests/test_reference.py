@@ -64,3 +64,11 @@ def test_bayes_optimal_regret_matches_the_specification(K, d, gap, expected):
 
 def test_lemma_gap_is_one_over_sqrt_96_k_at_one_third():
     assert lemma_gap(600) == pytest.approx(1 / 240, abs=1e-17)
+
+
+@pytest.mark.parametrize(("K", "d"), [(1, 1), (3, 1), (5, 1), (3, 2)])
+def test_bayes_optimal_regret_lies_between_lemma_4_3_and_random_play(K, d):
+    gap = min(lemma_gap(K), 1 / (12 * d))  # the second where K < 1.5 d^2
+    optimal = bayes_optimal_regret(K, d, gap=gap)
+    assert d * gap * K / 2 <= optimal  # Lemma 4.3 counts half the wrong signs of random play
+    assert optimal < d * gap * K or K == 1  # one round: nothing to learn from, all actions are alike
