@@ -55,7 +55,8 @@ def kl_bernoulli(p: Any, q: Any) -> float | Float[ndarray, "*shape"]:
     """
     p = _numbers("p", p, lower=0.0, upper=1.0)
     q = _numbers("q", q, lower=0.0, upper=1.0)
-    return _unwrap(np.maximum(_entropy_term(p, q) + _entropy_term(1.0 - p, 1.0 - q), 0.0))
+    value = _entropy_term(p, q) + _entropy_term(np.asarray(1.0 - p), np.asarray(1.0 - q))
+    return _unwrap(np.maximum(value, 0.0))
 
 
 def kl_gaussian(
@@ -259,6 +260,6 @@ def _numbers(
     return array
 
 
-def _unwrap(value: np.ndarray) -> float | np.ndarray:
+def _unwrap(value: Any) -> float | np.ndarray:
     """A float for scalars, so that results print and compare like numbers."""
     return float(value) if np.ndim(value) == 0 else value

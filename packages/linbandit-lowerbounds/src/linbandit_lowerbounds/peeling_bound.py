@@ -9,8 +9,9 @@
     lemma_sum          sum over i >= 1 of the first line of (4.1) with the integer d_i
     tight_sum          with min sigma_k in place of sigma(i), the exact divergence, the small-group gap
 
-The printed formulas divide d by L; an instance has whole dimensions. They are returned only where the
-lemma's sum for the integer dimensions reaches them (condition "integer_dims").
+The printed formulas divide d by L; an instance has whole dimensions. They are returned only where the whole
+dimensions reach them (condition "integer_dims"), by `pinsker_half`, which on the same instance is 1.53 times
+the first line of (4.1).
 
 Source: He and Gu 2025 (arXiv 2503.12020), theorem 4.1; docs/proofs.md, section 6.
 """
@@ -30,6 +31,9 @@ from .peeling import Dims, Peeling
 
 PeelingKind = Literal["theorem", "eq42", "eq42_sharp", "lemma_sum", "tight_sum"]
 PEELING_KINDS = ("theorem", "eq42", "eq42_sharp", "lemma_sum", "tight_sum")
+
+# for p0 = 1/3: 1 - TV is 1 - 1/sqrt(18) instead of 1/2
+PINSKER_HALF_OVER_LEMMA = 2 * (1 - 1 / math.sqrt(18))
 
 PAPER = "He and Gu 2025 (arXiv 2503.12020)"
 _SOURCES = {
@@ -80,7 +84,8 @@ def peeling_bound(
     audit.inequality("group_0_variance", float(S_i[0]), 1 / len(sigma))  # K terms of at most 1/K^2
     audit.inequality("thresholds_sum_below_2", float(peeling.thresholds.sum()), 2.0)
     audit.inequality("root_of_sum_below_sum_of_roots", math.sqrt(S_noisy), float(np.sqrt(S_i[1:]).sum()))
-    conditions["integer_dims"] = raw <= lemma_sum * (1 + ROUNDING)
+    reached = audit.number("pinsker_half_sum", PINSKER_HALF_OVER_LEMMA * lemma_sum)
+    conditions["integer_dims"] = raw <= reached * (1 + ROUNDING)
     return audit.conclude(raw, conditions, _SOURCES[kind])
 
 

@@ -175,8 +175,11 @@ def cyclic_copies(K: int, d: int, eta: float, *, copies: Copies = "tight") -> in
         copies: "paper", "tight" (p = 1/7) or "sharp" (p = 0.2939).
 
     Raises:
-        ValueError: if copies is unknown.
+        TypeError: if an argument has the wrong type.
+        ValueError: if a number is out of range or copies is unknown.
     """
+    K, d = checks.count("K", K, at_least=2), checks.count("d", d)
+    eta = checks.probability("eta", eta)
     checks.one_of("copies", copies, COPIES)
     if copies == "paper":
         return math.ceil(math.log(d * K) ** 2)
@@ -228,6 +231,7 @@ def least_loaded_sizes(
         TypeError: if a number is no real number.
         ValueError: if a number is out of range, or copies is unknown or "paper".
     """
+    K, eta = checks.count("K", K, at_least=2), checks.probability("eta", eta)
     V1, x = checks.real("V1", V1, above=0.0), checks.real("x", x, above=0.0)
     checks.one_of("copies", copies, ("tight", "sharp"))
     rho = _tail(x) if copies == "tight" else mean_tail(x)
@@ -281,9 +285,7 @@ def _cyclic_bound(
     audit = Audit()
     raw = every = variance = 0.0
     for i in range(1, L):
-        complete = (
-            int(peeling.counts[i]) // L
-        ).bit_length()  # j with 2^(j-1) <= K_i/L < 2^j, 0 if there is none
+        complete = (int(peeling.counts[i]) // L).bit_length()  # 2^(j-1) <= K_i/L < 2^j
         halves = [
             block_dim * float(peeling.thresholds[i]) * math.sqrt(horizon) / (16 * math.sqrt(6))
             for horizon in horizons[:complete].tolist()
@@ -341,7 +343,7 @@ def _least_loaded_bound(
         return audit.conclude(0.0, conditions, source)
     V = audit.number("guess", float(variances[reached - 1]))
     raw = float(half_means[reached - 1])
-    # what is lost if a block is charged for the whole round in which it reaches V, which may bring it to V + 1
+    # what is lost if a block is charged for the whole round that takes it past V, perhaps to V + 1
     tv = 1 - 2 * _tail(x * math.sqrt(1 + 1 / V))
     overshoot = block_dim * x / math.sqrt(V) * (V - (V + 1) * tv)
     audit.inequality("overshoot", overshoot, 2 * block_dim * x * rho * math.sqrt(V))
