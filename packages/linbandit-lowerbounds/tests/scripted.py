@@ -70,9 +70,20 @@ def draws_of(algorithm, rounds):
 def play(algorithm, rounds, *, state=None, gap=None):
     """The state at the end, and the choices and rewards of all rounds."""
     state = initial(algorithm, rounds, gap=gap) if state is None else state
-    numbers = Script(*(jnp.asarray(a, bool if a.dtype == bool else float) for a in rounds))
-    state, (choices, rewards) = _scan(algorithm, state, numbers, draws_of(algorithm, rounds))
+    state, (choices, rewards) = _scan(algorithm, state, _arrays(rounds), draws_of(algorithm, rounds))
     return state, np.asarray(choices), np.asarray(rewards)
+
+
+def play_many(algorithm, scripts, *, gap=None):
+    """The choices in several runs at once, by vmap; every run draws the same."""
+    first = scripts[0]
+    run = partial(_scan, algorithm, initial(algorithm, first, gap=gap))
+    stacked = jax.tree.map(lambda *rows: jnp.stack(rows), *map(_arrays, scripts))
+    return np.asarray(jax.vmap(run, in_axes=(0, None))(stacked, draws_of(algorithm, first))[1][0])
+
+
+def _arrays(rounds):
+    return Script(*(jnp.asarray(a, bool if a.dtype == bool else float) for a in rounds))
 
 
 def play_reference(learner, rounds, *, told=True, **draws):
