@@ -1,9 +1,10 @@
 """Lower bounds in float64, one step per line, with the equation numbers of He and Gu 2025 (arXiv 2503.12020).
 
 Written for reading and from the formulas alone: rounds are looped over, groups are found with exact
-fractions, visits and loads are counted by playing the construction. Section numbers are those of docs/proofs.md.
+fractions, visits and loads are counted by playing the construction. Sections are those of docs/proofs.md.
 """
 
+import functools
 import math
 from fractions import Fraction
 
@@ -58,6 +59,7 @@ def number_of_groups(K):
     return L
 
 
+@functools.cache
 def group_of(sigma, K):
     """The group i with 2^(i-1)/K < sigma <= 2^i/K, exactly."""
     i = 0
