@@ -493,10 +493,10 @@ def adversary_of(instance: Instance, adversary: Adversary | None) -> Adversary:
 
 def _warn_float32(algorithm: Algorithm, spec: Spec) -> None:
     if jnp.zeros(()).dtype == jnp.float32 and (
-        algorithm.name.startswith("SAVE") or spec.horizon * spec.dim > _F32_STATE
+        algorithm.name.startswith("SAVE") or spec.horizon * spec.block_dim > _F32_STATE
     ):
         warnings.warn(
-            f"{algorithm.name}: {spec.horizon} rounds in {spec.dim} dimensions in float32, where rank-one "
+            f"{algorithm.name}: {spec.horizon} rounds in {spec.block_dim} dimensions in float32, where rank-one "
             "updates drift; jax.enable_x64 gives float64",
             stacklevel=3,
         )
