@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from tqdm import tqdm
 
 from . import checks
-from .decision_sets import Choice
+from .decision_sets import Choice, check_enumerable
 from .environment import Adversary, Algorithm, AnySet, Instance, Spec, no_draw
 from .objects import ObjectLearner, ObjectPlayer, playable, rows_of
 from .results import Result
@@ -84,6 +84,7 @@ def play_object(
         raise TypeError(f"learner must come from from_object or from_mabwiser, got {type(learner).__name__}")
     n_seeds = checks.count("n_seeds", n_seeds)
     checks.one_of("record", record, ("total", "checkpoints", "all"))
+    check_enumerable(instance.n_signs)
     adversary = adversary_of(instance, adversary)
     last = checks.count("horizon", instance.horizon if horizon is None else horizon)
     declared = _REPLAY._replace(needs_sigma=learner.needs_sigma, name=learner.name, config=repr(learner))
