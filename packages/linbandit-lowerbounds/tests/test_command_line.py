@@ -42,7 +42,7 @@ def test_bound_reads_a_file_and_prints_every_kind(tmp_path, capsys):
 def test_bound_reads_text_and_says_why_a_bound_is_zero(tmp_path, capsys):
     (tmp_path / "sigma.txt").write_text("1\n1\n0.5\n")
     assert main(["bound", "--sigma", str(tmp_path / "sigma.txt"), "--d", "1", "--kind", "theorem"]) == 0
-    assert "fails: variance_sum_ge_1_plus_384_d2" in capsys.readouterr().out
+    assert "fails: d_ge_groups, variance_sum_ge_1_plus_384_d2" in capsys.readouterr().out
 
 
 def test_simulate_saves_what_it_reports(tmp_path, capsys):
