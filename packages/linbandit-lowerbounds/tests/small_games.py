@@ -1,6 +1,6 @@
 """Exact dynamic programmes over small games with one hidden sign: what the best policy can reach.
 
-A game: theta = +-gap with equal chance, `moves` rounds, action a = +-1, reward Bernoulli(1/3 + theta a); a
+A game: theta = +-gap with equal chance, `moves` rounds, action a = +-1, reward Bernoulli(base + theta a); a
 round is wrong if a is not the sign of theta. The history matters through the counts n[a][r] of actions and
 rewards. A policy maximises E f(wrong rounds), f >= 0, which covers the probability of being lucky and
 exponential moments.
@@ -10,11 +10,11 @@ import functools
 import itertools
 
 
-def _weight(counts, sign, gap):
+def _weight(counts, sign, gap, base):
     """P(these rewards in this order, theta = sign gap | these actions)."""
     weight = 0.5
     for action, row in zip((1, -1), counts, strict=True):
-        prob = 1 / 3 + sign * action * gap
+        prob = base + sign * action * gap
         weight *= prob ** row[1] * (1 - prob) ** row[0]
     return weight
 
@@ -26,22 +26,22 @@ def _after(counts, action, reward):
     return tuple(tuple(row) for row in rows)
 
 
-def _payoff(counts, gap, f):
+def _payoff(counts, gap, f, base=1 / 3):
     """Weighted f at the end of a game: the rounds with the other sign's action were wrong."""
     played = [sum(row) for row in counts]
-    return _weight(counts, 1, gap) * f(played[1]) + _weight(counts, -1, gap) * f(played[0])
+    return _weight(counts, 1, gap, base) * f(played[1]) + _weight(counts, -1, gap, base) * f(played[0])
 
 
 START = ((0, 0), (0, 0))
 
 
-def best_alone(moves, gap, f):
+def best_alone(moves, gap, f, base=1 / 3):
     """max over policies of E f(wrong rounds) in one game."""
 
     @functools.cache
     def value(counts, left):
         if left == 0:
-            return _payoff(counts, gap, f)
+            return _payoff(counts, gap, f, base)
         return max(sum(value(_after(counts, a, r), left - 1) for r in (0, 1)) for a in (0, 1))
 
     return value(START, moves)
@@ -91,6 +91,11 @@ def best_together(games, order):
 def lucky_probability(moves, gap, fewest):
     """max over policies of P(fewer than `fewest` wrong rounds)."""
     return best_alone(moves, gap, lambda wrong: float(wrong < fewest))
+
+
+def fewest_wrong(moves, gap, base):
+    """min over policies of E wrong rounds."""
+    return moves - best_alone(moves, gap, lambda wrong: moves - wrong, base)
 
 
 ORDERS = ("chosen", "opposed", "cyclic")

@@ -21,7 +21,7 @@ from linbandit_lowerbounds.bounds import (
     rate,
 )
 from linbandit_lowerbounds.hypercube_bound import max_kl_per_round
-from linbandit_lowerbounds.information import kl_bernoulli
+from linbandit_lowerbounds.information import kl_bernoulli, tv_upper
 from linbandit_lowerbounds.peeling import groups
 
 DIGITS = 0.6e-10  # ten printed decimals and a rounding error
@@ -92,6 +92,28 @@ def test_largest_divergence_of_a_flip_is_at_an_end_of_the_segment(d, p0, share):
     q = np.linspace(p0 - d * gap, p0 + (d - 2) * gap, 101)
     on_grid = max(kl_bernoulli(q + 2 * gap, q).max(), kl_bernoulli(q, q + 2 * gap).max())
     assert max_kl_per_round(d, gap, p0) == pytest.approx(on_grid, rel=1e-9)  # 2^-52 / gap, as above
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_chain_rule_pinsker_and_wrong_signs_hold_over_all_histories_of_a_small_game(seed):
+    K, gap = 10, lemma_gap(10)
+    # any policy without a coin is a table: the action after a history of rewards, here one of random signs
+    policy = np.random.default_rng(seed).choice([-1, 1], 2**K)
+    histories = (np.arange(2**K)[:, None] >> np.arange(K)) & 1
+    actions = np.array([[policy[(1 << k) - 1 + (h & ((1 << k) - 1))] for k in range(K)] for h in range(2**K)])
+    success = {theta: 1 / 3 + theta * gap * actions for theta in (1, -1)}
+    law = {theta: np.where(histories, p, 1 - p).prod(axis=1) for theta, p in success.items()}
+    assert law[1].sum() == pytest.approx(1, abs=1e-13)
+    kl = float((law[1] * np.log(law[1] / law[-1])).sum())
+    per_round = (law[1][:, None] * kl_bernoulli(success[1], success[-1])).sum(axis=0)
+    assert kl == pytest.approx(per_round.sum(), rel=1e-10)  # chain rule
+    bound = hypercube_bound(K, 1, kind="tight")
+    assert kl <= bound.steps["kl"]
+    tv = float(np.abs(law[1] - law[-1]).sum() / 2)
+    assert tv <= tv_upper(kl) <= bound.steps["tv"]
+    wrong = ((law[1] @ (actions < 0)).sum() + (law[-1] @ (actions > 0)).sum()) / 2
+    assert wrong >= K / 2 * (1 - tv)
+    assert 2 * gap * wrong >= bound.value
 
 
 @pytest.mark.parametrize("d", [1, 2, 5, 30])

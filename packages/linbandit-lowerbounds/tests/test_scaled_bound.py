@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 import reference_bounds as reference
+import small_games
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import integrate, optimize, stats
@@ -163,3 +164,11 @@ def test_two_point_divergence_is_below_eight_thirds_gap_squared_times_variance(s
         worst = max(kl_bernoulli(high, low).max(), kl_bernoulli(low, high).max())
         assert worst <= 8 / 3 * gap**2 * sigma**2
     assert d * gap <= 0.5
+
+
+@pytest.mark.parametrize("K", [2, 5, 12, 20])
+def test_two_point_bounds_lie_below_the_bayes_optimal_regret(K):
+    bound = prefixed_bound(np.ones(K), 1, kind="scaled_two_point")
+    gap = bound.steps["gap"]  # sigma = 1, d = 1: P(+1) = 1/2 + theta a / 2, a wrong sign costs 2 gap
+    optimum = 2 * gap * small_games.fewest_wrong(K, gap / 2, 0.5)
+    assert 0 < bound.value < bound.steps["two_point_seq"] < optimum < gap * K

@@ -145,6 +145,9 @@ def scaled_bound(sigma: Float[ndarray, " K"], d: int, delta: float | None, kind:
             low = 0.5 - 0.5 * d * gap
             exact = max(float(kl_bernoulli(low + gap, low)), float(kl_bernoulli(low, low + gap)))
             audit.inequality("kl_exact_below_integral", exact, 8 / 3 * gap**2)
+        wrong_before = 1 - np.sqrt(4 / 3 * (np.cumsum(variance) - variance)) * gap
+        sequential = audit.number("two_point_seq", d * gap * float(variance @ np.maximum(wrong_before, 0.0)))
+        audit.inequality("two_point_below_seq", raw, sequential)
         audit.inequality("optimal_gap", raw, math.sqrt(3) / 8 * d * math.sqrt(S))
         # ||theta|| <= 1/2 keeps the probabilities in [1/4, 3/4], where the divergence was bounded
         return audit.conclude(raw, {"theta_norm_le_half": d * gap <= 0.5 * (1 + 1e-12)}, source)
