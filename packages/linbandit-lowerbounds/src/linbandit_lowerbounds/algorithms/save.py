@@ -99,7 +99,9 @@ def save(
         TypeError: if a number is none.
         ValueError: if a number is out of its range, an option unknown, or c given under "theory".
 
-    Source: Zhao et al. 2023 (arXiv 2302.10371), Algorithm 1; constants of the theory preset as remembered.
+    Source: Zhao et al. 2023 (arXiv 2302.10371), Algorithm 1. docs/radii.md: printed radius of "theory" proved
+        valid for ||theta|| <= 2 in both branches; our derivation needs about a fifteenth of it. No proof for
+        "practical".
     """
     delta = checks.probability("delta", delta)
     R, c = checks.real("R", R, above=0.0), checks.real("c", c, above=0.0)
@@ -155,6 +157,7 @@ def save(
         square = linalg.squared_norm(state.layers.ridge.inverse[entry], x)
         # An action of norm 0 is never explored: the divisor only has to be harmless then.
         weight = jnp.where(end.explores, limits[layer] ** 2 / jnp.where(square > 0.0, square, 1.0), 0.0)
+        here = end.explores & (jnp.arange(limits.shape[0]) == layer)
         before = state.layers.theta[entry]
         grown = layers.add(state.layers, entry, x, reward, weight)
         after = grown.theta[entry]
@@ -166,16 +169,15 @@ def save(
         state = dataclasses.replace(
             state,
             layers=grown,
-            loss=state.loss.at[layer].add(surprise),
-            size=state.size.at[layer].set(jnp.where(end.explores, size, state.size[layer])),
-            count=state.count.at[layer].add(end.explores.astype(jnp.int32)),
+            loss=state.loss + jnp.where(here, surprise, 0.0),
+            size=jnp.where(here, size, state.size),
+            count=state.count + here,
             rounds=state.rounds + 1,
         )
         if preset == "theory":
             radius = _theory_radius(state, delta, R)
         else:
-            fresh = _practical_radius(state, layer, delta, R, c)
-            radius = state.radius.at[layer].set(jnp.where(end.explores, fresh, state.radius[layer]))
+            radius = jnp.where(here, _practical_radius(state, delta, R, c), state.radius)
         return dataclasses.replace(state, radius=radius)
 
     def width(state: SaveState, decision_set: AnySet, choice: Choice) -> Float[Array, ""]:
@@ -215,23 +217,20 @@ def residual_squares(state: SaveState) -> Float[Array, " layers"]:
 def _theory_radius(state: SaveState, delta: float, R: float) -> Float[Array, " layers"]:
     count = state.loss.shape[0]
     limits = _limits(count)
-    k = state.rounds + 1
+    k = 1.0 + state.rounds
     log_k = 2.0 * jnp.log(k) + math.log(4.0 * count / delta)
-    log_next = 2.0 * jnp.log(k + 1) + math.log(4.0 * count / delta)
+    log_next = 2.0 * jnp.log(k + 1.0) + math.log(4.0 * count / delta)
     deep = 1.0 / limits >= 64.0 * jnp.sqrt(log_next)
     variance = jnp.where(deep, residual_squares(state), R * R * state.count)
     inside = 8.0 * variance + 6.0 * R * R * log_next + 16.0 * limits**2
     return limits * (16.0 * jnp.sqrt(inside * log_k) + 6.0 * R * log_k + 2.0)
 
 
-def _practical_radius(
-    state: SaveState, layer: Int[Array, ""], delta: float, R: float, c: float
-) -> Float[Array, ""]:
+def _practical_radius(state: SaveState, delta: float, R: float, c: float) -> Float[Array, " layers"]:
     count = state.loss.shape[0]
-    limit = _limits(count)[layer]
-    log_k = 2.0 * jnp.log(state.rounds + 1) + math.log(4.0 * count / delta)
-    variance = residual_squares(state)[layer] + (limit * R) ** 2 * log_k
-    return limit * (c * jnp.sqrt(variance) + 1.0)
+    limits = _limits(count)
+    log_k = 2.0 * jnp.log(1.0 + state.rounds) + math.log(4.0 * count / delta)
+    return limits * (c * jnp.sqrt(residual_squares(state) + (limits * R) ** 2 * log_k) + 1.0)
 
 
 def _limits(count: int) -> Float[Array, " layers"]:

@@ -1,6 +1,6 @@
 """SupLinUCB (Chu, Li, Reyzin and Schapire 2011): stages of independent data.
 
-With alpha = sqrt(ln(2 A K / delta) / 2), stages s = 1..floor(ln K) (at least 1) and widths (alpha + 1) ||x||,
+With alpha = R sqrt(2 ln(2 A K / delta)), stages s = 1..floor(ln K) (at least 1) and widths (alpha + 1) ||x||,
 the walk of `layers` explores where a width exceeds 2^{-s}, keeps ucb >= max ucb - 2^{1-s}, and exploits where
 every width is at most 1 / sqrt(K). A stage learns only from rounds whose choice did not depend on its own
 rewards: that is why the data sets are separate.
@@ -48,6 +48,7 @@ def sup_lin_ucb(
     *,
     delta: float = 0.01,
     lam: float = 1.0,
+    R: float = 0.5,
     explore: layers.WideRule = "max_norm",
     radius_scale: float = 1.0,
 ) -> Algorithm:
@@ -56,8 +57,10 @@ def sup_lin_ucb(
     Args:
         delta: failure probability, in (0, 1).
         lam: regularisation, > 0; the paper has 1.
+        R: half the length of an interval that holds the noise, > 0. The paper's rewards in [0, 1] have 1/2,
+            which gives its alpha = sqrt(ln(2 A K / delta) / 2); |noise| <= 1 needs 1.
         explore: which wide action is played; the paper leaves it open.
-        radius_scale: multiplies the widths; 1 is the theory, for rewards in an interval of length 1.
+        radius_scale: multiplies the widths; 1 is the theory.
 
     Returns:
         The algorithm. It lists sign sets: its `init` raises ValueError for more than 12 signs.
@@ -66,15 +69,17 @@ def sup_lin_ucb(
         TypeError: if a number is none.
         ValueError: if a number is out of its range, or an option unknown.
 
-    Source: Chu et al. 2011 (AISTATS), SupLinUCB with BaseLinUCB; constants as remembered.
+    Source: Chu et al. 2011 (AISTATS), SupLinUCB with BaseLinUCB. docs/radii.md: the printed alpha is
+        derived for rewards in an interval of length 1, per stage; over all S stages at once the logarithm
+        would be ln(2 A K S / delta).
     """
     delta = checks.probability("delta", delta)
-    lam = checks.real("lam", lam, above=0.0)
+    lam, R = checks.real("lam", lam, above=0.0), checks.real("R", R, above=0.0)
     radius_scale = checks.real("radius_scale", radius_scale, at_least=0.0)
     checks.one_of("explore", explore, layers.WIDE_RULES)
 
     def factor(state: SupLinUcbState) -> float:
-        alpha = math.sqrt(0.5 * math.log(2.0 * state.n_actions * state.horizon / delta))
+        alpha = R * math.sqrt(2.0 * math.log(2.0 * state.n_actions * state.horizon / delta))
         return radius_scale * (alpha + 1.0)
 
     def init(key: Any, spec: Spec) -> SupLinUcbState:
@@ -114,7 +119,7 @@ def sup_lin_ucb(
         own = factor(state) * jnp.sqrt(linalg.squared_norm(state.layers.ridge.inverse[entry], x))
         return layers.half_gap(seen.end, seen.ucb, state.layers.theta[entry] @ x, own)
 
-    label = named("SupLinUCB", radius_scale=radius_scale, explore=(explore, "max_norm"))
+    label = named("SupLinUCB", radius_scale=radius_scale, R=(R, 0.5), explore=(explore, "max_norm"))
     return Algorithm(init, act, update, "never", label, no_draw, width)
 
 

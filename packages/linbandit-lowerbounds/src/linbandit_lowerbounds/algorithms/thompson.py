@@ -83,8 +83,10 @@ def lin_ts(
         TypeError: if a number is none.
         ValueError: if a number is out of its range, or an option unknown.
 
-    Source: Agrawal and Goyal 2013 (arXiv 1209.3352); Abeille and Lazaric 2017 (arXiv 1611.06534), whose
-        radius is OFUL's, derived in docs/radii.md. The update is Potter's (Bierman 1977, Factorization
+    Source: Agrawal and Goyal 2013 (arXiv 1209.3352); Abeille and Lazaric 2017 (arXiv 1611.06534).
+        docs/radii.md: "posterior" is exact for Gaussian prior and noise, without a frequentist guarantee;
+        "agrawal-goyal" derived for lam = S_theta = X = 1 and R sqrt(d ln(1 / delta)) >= 0.79;
+        "abeille-lazaric" derived. The update is Potter's (Bierman 1977, Factorization
         Methods for Discrete Sequential Estimation).
     """
     delta = checks.probability("delta", delta)
@@ -98,7 +100,7 @@ def lin_ts(
         if inflation == "posterior":
             return jnp.asarray(radius_scale * R, state.root.dtype)
         if inflation == "agrawal-goyal":
-            log_k = jnp.log(state.rounds + 1) - math.log(delta)
+            log_k = jnp.log(1.0 + state.rounds) - math.log(delta)
             return radius_scale * R * jnp.sqrt(9.0 * state.dim * log_k)
         log_ratio = state.log_det - 2.0 * math.log(delta / (4.0 * state.horizon))
         return radius_scale * (R * jnp.sqrt(log_ratio) + math.sqrt(lam) * S_theta)

@@ -71,7 +71,8 @@ def weighted_oful(
         TypeError: if a number is none.
         ValueError: if a number is out of its range, or an option unknown.
 
-    Source: Zhou, Gu and Szepesvari 2021 (arXiv 2012.08507), Weighted OFUL; constants 8 and 4 as remembered.
+    Source: Zhou, Gu and Szepesvari 2021 (arXiv 2012.08507), Weighted OFUL. docs/radii.md: printed radius
+        proved valid; our derivation needs 3.07 and 1.11 where it has 8 and 4.
     """
     delta = checks.probability("delta", delta)
     lam, R, X = (checks.real(n, v, above=0.0) for n, v in (("lam", lam), ("R", R), ("X", X)))
@@ -79,7 +80,7 @@ def weighted_oful(
     radius_scale = checks.real("radius_scale", radius_scale, at_least=0.0)
 
     def beta(state: WeightedState) -> Float[Array, ""]:
-        k = state.rounds + 1
+        k = 1.0 + state.rounds
         log_det = jnp.log1p(k * (X * X / (lam * R * R)))
         log_delta = _log_of_round(k, 4.0 / delta)
         root = math.sqrt(state.dim)
@@ -126,8 +127,9 @@ def weighted_oful_plus(
         TypeError: if a number is none.
         ValueError: if a number is out of its range, or an option unknown.
 
-    Source: Zhou and Gu 2022 (arXiv 2205.11507), Weighted OFUL+; constants 12, 30 and 32 as
-        remembered.
+    Source: Zhou and Gu 2022 (arXiv 2205.11507), Weighted OFUL+. docs/radii.md: printed radius proved
+        valid for gamma^2 >= alpha; our derivation needs 3.07, 1.63 and ln(4 k^2 / delta) where it has 12, 30
+        and iota.
     """
     delta = checks.probability("delta", delta)
     R, X, S_theta = (checks.real(n, v, above=0.0) for n, v in (("R", R), ("X", X), ("S_theta", S_theta)))
@@ -153,7 +155,7 @@ def weighted_oful_plus(
         return ridge
 
     def beta(state: WeightedState) -> Float[Array, ""]:
-        k, d = state.rounds + 1, state.dim
+        k, d = 1.0 + state.rounds, state.dim
         ridge, low, factor = constants(d, state.horizon)
         log_det = jnp.log1p(k * (X * X / (low * low * d * ridge)))
         iota = _log_of_round(k, 32.0 * (math.log(factor**2 / low) + 1.0) / delta)
@@ -197,8 +199,9 @@ def weighted_ucb(
         TypeError: if a number is none.
         ValueError: if a number is out of its range, or an option unknown.
 
-    Source: Kirschner and Krause 2018 (arXiv 1801.09667); the radius is that of Abbasi-Yadkori et al. 2011,
-        derived in docs/radii.md.
+    Source: Kirschner and Krause 2018 (arXiv 1801.09667); the radius is that of Abbasi-Yadkori et al. 2011.
+        docs/radii.md: derived for sigma_k-sub-Gaussian noise; not valid for bounded noise that only has
+        variance sigma_k^2.
     """
     delta = checks.probability("delta", delta)
     lam, floor = checks.real("lam", lam, above=0.0), checks.real("floor", floor, above=0.0)
@@ -257,6 +260,6 @@ def _weighted(
     return Algorithm(init, act, update, needs_sigma, label, no_draw, width)
 
 
-def _log_of_round(k: Int[Array, ""], factor: float) -> Float[Array, ""]:
-    """Ln(factor k^2), without squaring the integer k."""
+def _log_of_round(k: Float[Array, ""], factor: float) -> Float[Array, ""]:
+    """Ln(factor k^2)."""
     return 2.0 * jnp.log(k) + math.log(factor)
