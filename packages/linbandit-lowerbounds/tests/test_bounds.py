@@ -1,6 +1,5 @@
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -260,13 +259,14 @@ def test_rates_follow_their_formulas():
 
 
 # ---------------------------------------------------------------- input
-@pytest.mark.parametrize("enable", [False, True])
-def test_values_do_not_depend_on_the_x64_mode(enable):
-    with jax.enable_x64(enable):
-        sigma = jnp.asarray(np.float32(TWO_LEVELS))
-        for kind in PREFIXED_KINDS:
-            expected = prefixed_bound(np.float32(TWO_LEVELS).astype(np.float64), 30, kind=kind)
-            assert prefixed_bound(sigma, 30, kind=kind) == expected
+@pytest.mark.parametrize("mode", ["float32", "x64"])
+def test_values_do_not_depend_on_the_x64_mode(mode, request):
+    if mode == "x64":
+        request.getfixturevalue("x64")
+    levels = np.float32(TWO_LEVELS)
+    for kind in PREFIXED_KINDS:
+        expected = prefixed_bound(levels.astype(np.float64), 30, kind=kind)
+        assert prefixed_bound(jnp.asarray(levels), 30, kind=kind) == expected
 
 
 @pytest.mark.parametrize(

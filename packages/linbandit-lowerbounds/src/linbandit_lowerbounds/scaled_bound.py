@@ -26,7 +26,7 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from .information import kl_bernoulli, normal_tail
-from .lower_bound import Audit, LowerBound
+from .lower_bound import ROUNDING, Audit, LowerBound
 
 ScaledKind = Literal["scaled_end", "scaled_seq", "scaled_two_point"]
 SCALED_KINDS = ("scaled_end", "scaled_seq", "scaled_two_point")
@@ -96,8 +96,7 @@ def lb_seq(variance: Float[ndarray, " K"], d: int, gap: float) -> float:
         d: dimension.
         gap: D.
     """
-    before = np.concatenate(([0.0], np.cumsum(variance)[:-1]))
-    return 2 * d * gap * float(variance @ np.asarray(normal_tail(gap * np.sqrt(before))))
+    return 2 * d * gap * float(variance @ np.asarray(normal_tail(gap * np.sqrt(_before(variance)))))
 
 
 def two_point(variance: Float[ndarray, " K"], d: int, gap: float) -> float:
@@ -110,9 +109,6 @@ def two_point(variance: Float[ndarray, " K"], d: int, gap: float) -> float:
     """
     S = float(variance.sum())
     return d * gap * S * (1 - math.sqrt(4 * S / 3) * gap)
-
-
-_FORMULA = {"scaled_end": lb_end, "scaled_seq": lb_seq, "scaled_two_point": two_point}
 
 
 def scaled_bound(sigma: Float[ndarray, " K"], d: int, delta: float | None, kind: ScaledKind) -> LowerBound:
@@ -128,37 +124,53 @@ def scaled_bound(sigma: Float[ndarray, " K"], d: int, delta: float | None, kind:
     S = float(variance.sum())
     audit = Audit()
     audit.number("variance_sum", S)
-    source = f"docs/proofs.md, section {5 if kind == 'scaled_two_point' else 4} (an addition of this package)"
+    section = 5 if kind == "scaled_two_point" else 4
+    source = f"docs/proofs.md, section {section} (an addition of this package)"
     if S == 0.0:
         return audit.conclude(0.0, {"variance_sum_positive": False}, source)
     gap = audit.number("gap", _OPTIMUM[kind] / math.sqrt(S) if delta is None else delta)
-    x = audit.number("scaled_gap", gap * math.sqrt(S))
-    raw = _FORMULA[kind](variance, d, gap)
+    audit.number("scaled_gap", gap * math.sqrt(S))
     audit.number("max_regret", 2 * d * gap * S)
-    audit.number("theta_norm", d * gap)
+    norm = audit.number("theta_norm", d * gap)
     if kind == "scaled_two_point":
-        audit.number("kl", 8 / 3 * x**2)
-        audit.number("tv", math.sqrt(4 / 3) * x)
-        if (
-            d * gap <= 0.5
-        ):  # one reward of a round with sigma = 1 at the most extreme mean that the gap allows
-            low = 0.5 - 0.5 * d * gap
-            exact = max(float(kl_bernoulli(low + gap, low)), float(kl_bernoulli(low, low + gap)))
-            audit.inequality("kl_exact_below_integral", exact, 8 / 3 * gap**2)
-        wrong_before = 1 - np.sqrt(4 / 3 * (np.cumsum(variance) - variance)) * gap
-        sequential = audit.number("two_point_seq", d * gap * float(variance @ np.maximum(wrong_before, 0.0)))
-        audit.inequality("two_point_below_seq", raw, sequential)
-        audit.inequality("optimal_gap", raw, math.sqrt(3) / 8 * d * math.sqrt(S))
+        raw = two_point(variance, d, gap)
+        _audit_two_point(audit, variance, d, gap, raw)
         # ||theta|| <= 1/2 keeps the probabilities in [1/4, 3/4], where the divergence was bounded
-        return audit.conclude(raw, {"theta_norm_le_half": d * gap <= 0.5 * (1 + 1e-12)}, source)
+        return audit.conclude(raw, {"theta_norm_le_half": norm <= 0.5 + ROUNDING}, source)
+    end, seq = lb_end(variance, d, gap), lb_seq(variance, d, gap)
+    _audit_gaussian(audit, S, d, gap, end, seq)
+    raw = end if kind == "scaled_end" else seq
+    return audit.conclude(raw, {"theta_norm_le_1": norm <= 1 + ROUNDING}, source)
+
+
+def _before(variance: Float[ndarray, " K"]) -> Float[ndarray, " K"]:
+    """V_{k-1} for every round."""
+    return np.concatenate(([0.0], np.cumsum(variance)[:-1]))
+
+
+def _audit_gaussian(audit: Audit, S: float, d: int, gap: float, end: float, seq: float) -> None:
+    """Pinsker <= LB_end <= continuous limit <= LB_seq <= random play."""
+    x, unit = gap * math.sqrt(S), d * math.sqrt(S)
     tv = 1 - 2 * float(normal_tail(x))
     audit.number("kl", 2 * x**2)
     audit.number("tv", tv)
     audit.inequality("pinsker", tv, x)
-    audit.inequality("pinsker_below_end", d * gap * S * (1 - x), lb_end(variance, d, gap))
-    audit.inequality(
-        "end_below_continuous", end_constant(x) * d * math.sqrt(S), seq_constant(x) * d * math.sqrt(S)
-    )
-    audit.inequality("continuous_below_seq", seq_constant(x) * d * math.sqrt(S), lb_seq(variance, d, gap))
-    audit.inequality("seq_below_random", lb_seq(variance, d, gap), d * gap * S)
-    return audit.conclude(raw, {"theta_norm_le_1": d * gap <= 1 + 1e-12}, source)
+    audit.inequality("pinsker_below_end", d * gap * S * (1 - x), end)
+    audit.inequality("end_below_continuous", end, seq_constant(x) * unit)
+    audit.inequality("continuous_below_seq", seq_constant(x) * unit, seq)
+    audit.inequality("seq_below_random", seq, d * gap * S)
+
+
+def _audit_two_point(audit: Audit, variance: Float[ndarray, " K"], d: int, gap: float, raw: float) -> None:
+    """Exact divergence of one reward, and what counting round by round would add."""
+    S = float(variance.sum())
+    audit.number("kl", 8 / 3 * gap**2 * S)
+    audit.number("tv", math.sqrt(4 * S / 3) * gap)
+    if d * gap <= 0.5:  # sigma = 1, at the most extreme mean that the gap allows
+        low = 0.5 - 0.5 * d * gap
+        exact = max(float(kl_bernoulli(low + gap, low)), float(kl_bernoulli(low, low + gap)))
+        audit.inequality("kl_exact_below_integral", exact, 8 / 3 * gap**2)
+    right = np.maximum(1 - np.sqrt(4 / 3 * _before(variance)) * gap, 0.0)
+    seq = audit.number("two_point_seq", d * gap * float(variance @ right))
+    audit.inequality("two_point_below_seq", raw, seq)
+    audit.inequality("two_point_below_optimum", raw, math.sqrt(3) / 8 * d * math.sqrt(S))

@@ -29,7 +29,7 @@ from numpy import ndarray
 from . import checks
 from .hypercube_bound import enough_rounds, lemma_gap, small_group_gap
 from .information import chernoff_lower, normal_tail
-from .lower_bound import Audit, LowerBound
+from .lower_bound import ROUNDING, Audit, LowerBound
 from .peeling import groups, number_of_groups
 from .scaled_bound import mean_tail
 
@@ -336,7 +336,7 @@ def _least_loaded_bound(
     audit.number("all_guesses", float(half_means[:reached].sum()))
     conditions = {
         "variance_fills_blocks": reached > 0,
-        "mean_reward_le_1": block_dim * float(gaps[0]) <= 1 + 1e-12,
+        "mean_reward_le_1": block_dim * float(gaps[0]) <= 1 + ROUNDING,
     }
     source = "docs/proofs.md, section 9 (an addition of this package)"
     if not reached:
