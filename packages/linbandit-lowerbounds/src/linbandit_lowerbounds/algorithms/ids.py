@@ -6,9 +6,9 @@ With the statistics and the radius of weighted UCB (observations weighted by 1 /
     info(x) = ln(1 + ||x||^2 / sigma_k^2) / 2                                    what x would teach, in nats
 
 Deterministic IDS plays argmin gap^2 / info. Randomised IDS plays the distribution p over actions that
-minimises (sum p gap)^2 / (sum p info); two actions suffice (Russo and Van Roy 2014), and on a pair the minimum
-has a closed form: with b = gap_1 - gap_2 and e = info_1 - info_2 the ratio is convex in the probability of the
-first action and stationary at
+minimises (sum p gap)^2 / (sum p info); two actions suffice (Russo and Van Roy 2014), and on a pair the
+minimum has a closed form: with b = gap_1 - gap_2 and e = info_1 - info_2 the ratio is convex in the
+probability of the first action and stationary at
 
     p = gap_2 / b - 2 info_2 / e.
 """
