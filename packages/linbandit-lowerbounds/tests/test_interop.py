@@ -1,5 +1,6 @@
 """Objects in the plain loop and through callbacks meet what compiled learners meet; bad objects say where."""
 
+import sys
 from functools import partial
 from typing import ClassVar
 
@@ -491,6 +492,12 @@ def test_arms_are_added_when_a_round_offers_more_rows():
     assert bandit.act(np.eye(2)) == 1
     bandit.update(np.eye(2)[1], -1.0)
     assert bandit.act(np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])) == 2
+
+
+def test_a_missing_mabwiser_is_named_with_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mabwiser.mab", None)
+    with pytest.raises(ImportError, match="pip install mabwiser"):
+        from_mabwiser(MAB([0], LearningPolicy.LinUCB()))
 
 
 def test_what_mabwiser_cannot_mean_is_refused():

@@ -108,6 +108,19 @@ class Rounds:
         block, n_blocks = int(shown.block[run]), self._instance.n_blocks
         return rows_of(np.asarray(shown.actions[run])[rows], block, n_blocks, self._columns)
 
+    def dense(self, shown: Shown) -> Float[np.ndarray, "seeds A d"]:
+        """All rows of all runs in the real coordinates of the problem.
+
+        Args:
+            shown: what `show` gave.
+        """
+        n_seeds, count, width = shown.actions.shape
+        n_blocks = self._instance.n_blocks
+        placed = np.zeros((n_seeds, count, n_blocks, width), shown.actions.dtype)
+        placed[np.arange(n_seeds), :, shown.block] = shown.actions
+        rows = placed.reshape(n_seeds, count, n_blocks * width)
+        return rows if self._columns is None else rows[..., self._columns]
+
     def play(self, rows: Int[np.ndarray, " seeds"]) -> Outcome:
         """Plays a row in each run, after `show`, and goes to the next round.
 
