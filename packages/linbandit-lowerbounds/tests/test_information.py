@@ -84,11 +84,19 @@ def test_gaussian_total_variation_equals_its_integral():
         assert tv_gaussian(0.0, gap, variance) == pytest.approx(expected, abs=1e-7)  # kink of the integrand
 
 
-def test_zero_variances_are_point_masses():
+@pytest.mark.parametrize("tiny", [5e-324, 1e-310, 1e-200])
+def test_bernoulli_divergence_survives_tiny_probabilities(tiny):
+    assert kl_bernoulli(0.0, tiny) == 0.0
+    assert kl_bernoulli(tiny, 0.0) == math.inf
+    assert kl_bernoulli(0.5, tiny) == pytest.approx(0.5 * math.log(0.25) - 0.5 * math.log(tiny), rel=1e-12)
+
+
+def test_zero_variances_are_point_masses_and_huge_quotients_infinite():
     assert kl_gaussian(0.2, 0.2, 0.0) == 0.0
     assert kl_gaussian(0.2, 0.3, 0.0) == math.inf
     assert kl_gaussian(0.2, 0.2, 1.0, 0.0) == math.inf
     assert kl_gaussian(0.2, 0.2, 0.0, 1.0) == math.inf
+    assert (kl_gaussian(0.0, 1e200), kl_gaussian(0.0, 0.0, 1e200, 1e-200)) == (math.inf, math.inf)
     assert (tv_gaussian(0.2, 0.2, 0.0), tv_gaussian(0.2, 0.3, 0.0)) == (0.0, 1.0)
     assert (kl_bernoulli(0, 0), kl_bernoulli(1, 1), kl_bernoulli(0.5, 1)) == (0.0, 0.0, math.inf)
 

@@ -88,8 +88,9 @@ def kl_gaussian(
     mean_p, mean_q, variance_p, variance_q = np.broadcast_arrays(mean_p, mean_q, variance_p, variance_q)
     regular = (variance_p > 0.0) & (variance_q > 0.0)
     v_p, v_q = np.where(regular, variance_p, 1.0), np.where(regular, variance_q, 1.0)
-    ratio = v_p / v_q
-    value = 0.5 * (ratio - 1.0 - np.log(ratio)) + 0.5 * (mean_p - mean_q) ** 2 / v_q
+    with np.errstate(over="ignore"):  # beyond the largest float the divergence is infinite
+        shape = v_p / v_q - 1.0 - (np.log(v_p) - np.log(v_q))
+        value = 0.5 * shape + 0.5 * ((mean_p - mean_q) / np.sqrt(v_q)) ** 2
     same_point = (variance_p == 0.0) & (variance_q == 0.0) & (mean_p == mean_q)
     return _unwrap(np.where(regular, value, np.where(same_point, 0.0, math.inf)))
 
@@ -238,8 +239,11 @@ def _entropy_term(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     """P ln(p / q) with 0 ln 0 = 0 and p ln(p / 0) = inf."""
     p, q = np.broadcast_arrays(p, q)
     safe_p, safe_q = np.where(p > 0.0, p, 1.0), np.where(q > 0.0, q, 1.0)
-    # log1p keeps the digits when p and q are close, where the two terms of the divergence nearly cancel
-    term = p * np.log1p((safe_p - safe_q) / safe_q)
+    # log1p keeps the digits where p and q are close and the two terms of the divergence nearly cancel; far
+    # apart, their quotient may overflow, and their logarithms do not
+    close = (safe_p > 0.5 * safe_q) & (safe_p < 2.0 * safe_q)
+    ratio = np.where(close, safe_p - safe_q, 0.0) / np.where(close, safe_q, 1.0)
+    term = p * np.where(close, np.log1p(ratio), np.log(safe_p) - np.log(safe_q))
     return np.where(p == 0.0, 0.0, np.where(q == 0.0, math.inf, term))
 
 
