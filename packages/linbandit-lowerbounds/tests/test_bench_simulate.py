@@ -1,6 +1,5 @@
 """The benchmark runs on a tiny set, counts its work, and names the peers that are not there."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ def script(monkeypatch):
     return bench_simulate
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:SAVE .practical.:UserWarning")
 def test_every_contender_plays_or_says_why_not(script):
     comparison = script.measure("tiny", bench.Options(repeats=3, warmup=1, min_time=0.0))
