@@ -67,6 +67,12 @@ def draws_of(algorithm, rounds):
     return algorithm.draw(jax.random.key(1), spec_of(rounds), (len(rounds.sigma),))
 
 
+@partial(jax.jit, static_argnums=0)
+def played(algorithm, state, offered, sigma=None, draw=()):
+    """Features of what a learner plays."""
+    return offered.features(algorithm.act(state, offered, sigma, draw))
+
+
 def play(algorithm, rounds, *, state=None, gap=None):
     """The state at the end, and the choices and rewards of all rounds."""
     state = initial(algorithm, rounds, gap=gap) if state is None else state

@@ -1,5 +1,6 @@
 """Yardsticks against NumPy, and against the regret that theory says they have."""
 
+import dataclasses
 import itertools
 from functools import partial
 from statistics import NormalDist
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from scripted import draws_of, initial, play, play_many, play_reference, script, spec_of
+from scripted import draws_of, initial, play, play_many, play_reference, played, script, spec_of
 
 from linbandit_lowerbounds.algorithms.baselines import (
     bayes_ucb,
@@ -115,11 +116,11 @@ def test_bayesian_learners_take_the_bias_of_sign_sets_for_known(learner, x64):
     theta = np.array([1 / 3, GAP, -GAP, -GAP, GAP])
     spec = spec_of(script(0, K=K, A=2, d=5), gap=GAP)
     inputs = (jnp.asarray(a) for a in (scale, scale * rng.standard_normal(K), theta))
-    state, (played, rewards) = play_signs(learner, learner.init(None, spec), *inputs)
+    state, (features, rewards) = play_signs(learner, learner.init(None, spec), *inputs)
     width = 0.7 if "width" in learner.name else 0.0
     truth = reference.BayesUCB(5, gap=GAP, prior_mean=[1 / 3, 0, 0, 0, 0], prior_var=[0.0] + [GAP**2] * 4)
     signs = np.array(list(itertools.product((-1.0, 1.0), repeat=4)))
-    for s, x, reward in zip(scale, np.asarray(played), np.asarray(rewards), strict=True):
+    for s, x, reward in zip(scale, np.asarray(features), np.asarray(rewards), strict=True):
         actions = s * np.hstack([np.ones((16, 1)), signs])
 
         def index(rows, truth=truth):
@@ -133,15 +134,32 @@ def test_bayesian_learners_take_the_bias_of_sign_sets_for_known(learner, x64):
 
 
 def test_posterior_is_exact_for_noiseless_rounds_and_unmoved_by_empty_ones(x64):
-    learner = bayes_ucb()
-    state = learner.init(None, spec_of(script(0, K=2, A=2, d=2), gap=GAP))
-    known = filling_cube(jnp.asarray(1.0), 2)
-    once = learner.update(state, known, jnp.asarray([1.0, -1.0]), jnp.asarray(0.6), jnp.asarray(0.0))
-    np.testing.assert_allclose(once.mean[0] @ jnp.asarray([1.0, -1.0]), 0.6, rtol=1e-14)
-    for offered, choice in ((known, [1.0, -1.0]), (filling_cube(jnp.asarray(0.0), 2), [1.0, 1.0])):
-        twice = learner.update(once, offered, jnp.asarray(choice), jnp.asarray(0.6), jnp.asarray(0.0))
+    update = jax.jit(bayes_ucb().update)
+    state = bayes_ucb().init(None, spec_of(script(0, K=2, A=2, d=2), gap=GAP))
+    known, nothing = filling_cube(jnp.asarray(1.0), 2), filling_cube(jnp.asarray(0.0), 2)
+    reward, sigma = jnp.asarray(0.6), jnp.asarray(0.0)
+    once = update(state, known, jnp.asarray([1.0, -1.0]), reward, sigma)
+    np.testing.assert_allclose(np.asarray(once.mean[0]) @ [1.0, -1.0], 0.6, rtol=1e-14)
+    for offered, choice in ((known, [1.0, -1.0]), (nothing, [1.0, 1.0])):
+        twice = update(once, offered, jnp.asarray(choice), reward, sigma)
         np.testing.assert_allclose(twice.mean, once.mean, rtol=1e-14)
         np.testing.assert_allclose(twice.covariance, once.covariance, atol=1e-16)
+
+
+def test_posterior_of_a_block_leaves_the_others_alone_and_starts_at_its_gap(x64):
+    spec = dataclasses.replace(spec_of(script(0, K=2, A=2, d=4)), n_blocks=2, block_dim=2)
+    for gap in ([0.2, 0.4], [0.2, 0.2, 0.4, 0.4]):  # for each block, or for each column
+        state = bayes_ucb().init(None, dataclasses.replace(spec, gap=jnp.asarray(gap)))
+        diagonals = np.einsum("mii->mi", state.covariance)
+        np.testing.assert_allclose(diagonals, [[0.04, 0.04], [0.16, 0.16]], rtol=1e-14)
+        assert np.count_nonzero(state.covariance) == 4
+    offered = dataclasses.replace(filling_cube(jnp.asarray(1.0), 2), n_blocks=2, block=jnp.asarray(1))
+    update = jax.jit(bayes_ucb().update)
+    after = update(state, offered, jnp.asarray([1.0, 1.0]), jnp.asarray(0.5), jnp.asarray(1.0))
+    np.testing.assert_array_equal(after.covariance[0], state.covariance[0])
+    np.testing.assert_array_equal(after.mean[0], [0.0, 0.0])
+    # C x / (s^2 + x'Cx) r = 0.16 * 0.5 / 1.32 in both coordinates.
+    np.testing.assert_allclose(after.mean[1], 0.08 / 1.32, rtol=1e-14)
 
 
 # ---------------------------------------------------------------------------------------------- regret
@@ -196,11 +214,11 @@ def test_oracles_are_told_theta_and_nobody_else():
         assert (learner.reveal is not None) == bool(told)
     theta = jnp.asarray([0.5, 1.0, -2.0, 3.0])
     offered = filling_cube(jnp.asarray(0.25), 4)
+    assert float(offered.best_value(theta)) == 0.25 * 6.5
     for learner, sign in ((oracle(), 1.0), (worst(), -1.0)):
         state = learner.reveal(initial(learner, rounds), None, theta)
-        played = offered.features(learner.act(state, offered, None, ()))
-        assert float(played @ theta) == sign * 0.25 * 6.5  # exact in binary: the oracle has regret 0
-        assert float(offered.best_value(theta)) == 0.25 * 6.5
+        # Exact in binary: the oracle has regret 0.
+        assert float(played(learner, state, offered) @ theta) == sign * 0.25 * 6.5
     blind = coordinate_oracle(coordinate=2)
     state = blind.reveal(initial(blind, rounds), None, theta)
     np.testing.assert_array_equal(state.theta, [[0.5, 1.0, 0.0, 3.0]])

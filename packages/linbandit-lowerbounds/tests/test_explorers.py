@@ -11,10 +11,14 @@ import reference_explorers
 from scripted import initial, play, play_reference, script, spec_of
 
 from linbandit_lowerbounds import linalg
+from linbandit_lowerbounds.adversaries import CooperativeStrong
 from linbandit_lowerbounds.algorithms.baselines import greedy, oracle, random, worst
 from linbandit_lowerbounds.algorithms.explorers import oful_guard, span_explorer
 from linbandit_lowerbounds.algorithms.oful import linucb, oful
+from linbandit_lowerbounds.contexts import RandomContexts
 from linbandit_lowerbounds.decision_sets import DecisionSet, SignSet
+from linbandit_lowerbounds.hypercubes import BernoulliHypercube
+from linbandit_lowerbounds.simulate import simulate
 
 ROUNDS = 60
 EXPLORER = span_explorer()
@@ -69,6 +73,29 @@ def test_span_explorer_counts_nearly_parallel_actions_as_inside_by_its_tolerance
     np.testing.assert_allclose(state.vectors[0], [[1.0, 0.0], [0.0, 1.0]], atol=1e-12)
     # The third action gave the second vector: (reward - value of the first) / 2e-4 is theta_2.
     np.testing.assert_allclose(state.values[0, 1], rounds.theta[1], rtol=1e-10)
+
+
+def test_a_fixed_set_needs_as_many_quiet_rounds_as_its_rank(contexts, x64):
+    """Corollary 5.7: d rounds without noise, then all the noise there is."""
+    fixed = contexts.actions[-1]
+    rounds = script(9, K=ROUNDS, A=6, d=5, shared=fixed)
+    noise = np.where(np.arange(ROUNDS) < 5, 0.0, np.random.default_rng(0).standard_normal(ROUNDS))
+    _, choices, _ = play(EXPLORER, rounds._replace(noise=noise))
+    values = fixed @ rounds.theta
+    assert sorted(choices[:5]) == [0, 1, 2, 3, 4]
+    assert (choices[5:] == values.argmax()).all()
+
+
+def test_against_a_cooperative_strong_adversary_regret_is_at_most_2d():
+    """Theorem 5.4: total variance is nearly K, regret is not."""
+    instance = RandomContexts(4, 5, horizon=200)
+    result = simulate(
+        EXPLORER, instance, CooperativeStrong(), key=jax.random.key(5), n_seeds=50, progress=False
+    )
+    assert (result.rounds_stopped <= 4).all()
+    np.testing.assert_array_equal(result.variance_sum, 200 - result.rounds_stopped)
+    assert (result.regret <= 2 * 4).all()
+    assert result.regret.mean() > 0.5  # exploration is not free
 
 
 def hypercube(n, *, bias):
@@ -208,6 +235,17 @@ def test_guard_has_the_width_of_the_learner_in_charge(unlucky, x64):
     offered = DecisionSet(jnp.asarray(unlucky.actions[0]), jnp.ones(5, bool), jnp.zeros((), jnp.int32), 1)
     expected = oful(delta=0.1).width(state.fallback, offered, 2)
     assert float(GUARD.width(state, offered, 2)) == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_guard_stops_worst_play_at_its_threshold():
+    K, d = 5400, 60  # K = 1.5 d^2; below d = 30 not even the worst learner has enough regret for the test
+    guard = oful_guard(inner=worst(), fallback=oracle(), K=K, d=d, delta=0.1)
+    result = simulate(guard, BernoulliHypercube(K, d), key=jax.random.key(5), n_seeds=20, progress=False)
+    threshold = d * np.sqrt(K) / (8 * np.sqrt(6)) + np.sqrt(2 * K * np.log(2 * K / 0.1))
+    most = d * np.sqrt(K) / (2 * np.sqrt(6))
+    assert threshold < 0.7 * most
+    # Regret and pseudo-regret differ by noise of deviation at most sqrt(K) / 2 in each run.
+    assert abs(result.regret.mean() - threshold) < 4 * 0.5 * np.sqrt(K) / np.sqrt(20)
 
 
 @pytest.mark.parametrize(

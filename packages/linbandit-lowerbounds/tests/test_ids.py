@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from scripted import draws_of, play, play_many, play_reference, script, spec_of
+from scripted import draws_of, play, play_many, play_reference, played, script, spec_of
 
 from linbandit_lowerbounds.algorithms.ids import best_action, best_mixture, ids
 from linbandit_lowerbounds.hypercubes import filling_cube
@@ -70,23 +70,26 @@ def test_mixture_is_the_optimum_over_all_distributions(x64):
 def test_masked_and_uninformative_actions_are_not_played(x64):
     gap, info = jnp.asarray([0.1, 0.5, 0.2, 0.9]), jnp.asarray([0.0, 0.1, 0.5, 0.4])
     mask = jnp.asarray([True, True, False, True])
-    assert int(best_action(gap, info, mask)) == 3
-    first, second, p = best_mixture(gap, info, mask)
+    action, mixture = jax.jit(best_action), jax.jit(best_mixture)
+    assert int(action(gap, info, mask)) == 3
+    first, second, p = mixture(gap, info, mask)
     assert {int(first), int(second)} == {0, 3}  # the free action, diluted by the informative one
     assert 0.0 < float(p) < 1.0
     nothing = jnp.zeros(4)
-    assert int(best_action(gap, nothing, jnp.asarray([False, False, True, True]))) == 2
-    assert int(best_mixture(gap, nothing, jnp.asarray([False, False, True, True])).first) == 2
+    mask = jnp.asarray([False, False, True, True])
+    assert int(action(gap, nothing, mask)) == 2
+    assert int(mixture(gap, nothing, mask).first) == 2
 
 
 def test_sign_sets_are_played_as_their_lists(x64):
     signs = filling_cube(jnp.asarray(0.5), 3)
     spec = spec_of(script(0, K=2, A=8, d=3))
     sigma, reward = jnp.asarray(0.3), jnp.asarray(0.4)
-    state = SCALED.update(SCALED.init(None, spec), signs, jnp.asarray([1.0, -1.0, 1.0]), reward, sigma)
-    choice = SCALED.act(state, signs, sigma, ())
-    row = SCALED.act(state, signs.enumerate(), sigma, ())
-    np.testing.assert_array_equal(signs.features(choice), signs.enumerate().features(row))
+    choice = jnp.asarray([1.0, -1.0, 1.0])
+    state = jax.jit(SCALED.update)(SCALED.init(None, spec), signs, choice, reward, sigma)
+    listed = jax.jit(type(signs).enumerate)(signs)
+    expected = played(SCALED, state, listed, sigma)
+    np.testing.assert_array_equal(played(SCALED, state, signs, sigma), expected)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scripted import initial, play, play_many, script, spec_of
+from scripted import initial, play, play_many, played, script, spec_of
 
 from linbandit_lowerbounds.algorithms.voful import History, voful2, voful_contains
 from linbandit_lowerbounds.hypercubes import filling_cube
@@ -86,15 +86,11 @@ def test_everything_belongs_before_the_first_round_and_the_truth_afterwards(cont
 
 def test_search_plays_as_its_definition_and_never_what_is_masked(contexts, x64):
     _, choices, rewards = play(voful2(candidates=GRID, R=0.1, radius_scale=SCALE), contexts)
-    nu_set = differences(GRID)
-    played = contexts.actions[np.arange(K), choices]
+    nu_set, settings = differences(GRID), {"K": K, "scale": SCALE, "constants": "derived", "R": 0.1}
+    features = contexts.actions[np.arange(K), choices]
     sizes = []
     for k in range(K):
-        left = [
-            theta
-            for theta in GRID
-            if contains(theta, played[:k], rewards[:k], nu_set, K=K, scale=SCALE, constants="derived", R=0.1)
-        ]
+        left = [theta for theta in GRID if contains(theta, features[:k], rewards[:k], nu_set, **settings)]
         values = (contexts.actions[k] @ np.array(left).T).max(1)
         assert choices[k] == np.argmax(np.where(contexts.mask[k], values, -np.inf))
         sizes.append(len(left))
@@ -137,8 +133,7 @@ def test_quiet_noise_is_learned_from_faster_than_its_bound_says():
 def test_search_lists_sign_sets(x64):
     learner = voful2(candidates=[[0.5, -0.5], [0.4, 0.1]])
     state = initial(learner, script(0, K=10, A=4, d=2))
-    choice = learner.act(state, filling_cube(jnp.asarray(1.0), 2), None, ())
-    np.testing.assert_array_equal(choice, [1.0, -1.0])
+    np.testing.assert_array_equal(played(learner, state, filling_cube(jnp.asarray(1.0), 2)), [1.0, -1.0])
 
 
 def test_equal_arguments_give_the_same_learner():

@@ -322,9 +322,10 @@ def _bayesian(
             raise ValueError("a prior of variance gap^2 needs an instance with a gap (a hypercube), got none")
         if explore == "enumerate" and not linear:
             check_enumerable(spec.n_signs)
-        variance = spec.gap[:, None, None] ** 2 * jnp.eye(spec.block_dim)
-        covariance = jnp.broadcast_to(variance, (spec.n_blocks, spec.block_dim, spec.block_dim))
-        return Posterior(_no_theta(spec), covariance, jnp.zeros((), jnp.int32))
+        # One gap for each block, or one for each column.
+        gap = spec.gap.reshape(spec.n_blocks, 1, -1)
+        variance = jnp.broadcast_to(gap**2, (spec.n_blocks, 1, spec.block_dim))
+        return Posterior(_no_theta(spec), variance * jnp.eye(spec.block_dim), jnp.zeros((), jnp.int32))
 
     def act(state: Posterior, decision_set: AnySet, sigma: Float[Array, ""] | None, draw: Any) -> Choice:
         centred = _without_bias(decision_set)
