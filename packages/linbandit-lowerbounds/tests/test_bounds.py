@@ -311,6 +311,7 @@ def test_values_do_not_depend_on_the_x64_mode(mode, request):
             r"d_elu must be <= sqrt\(A T\)",
         ),
         (lambda: lattimore_szepesvari_bound(4, 1, -0.1), ValueError, "sigma must be finite and >= 0"),
+        (lambda: lattimore_szepesvari_bound(4, 1, 1.1), ValueError, r"sigma must lie in \[0, 1\]"),
         (lambda: oful_upper_bound(2, 10, lam=0.5), ValueError, "lam must be finite and >= 1"),
         (lambda: oful_upper_bound(2, 10, delta=1.0), ValueError, r"delta must be in \(0, 1\)"),
         (lambda: rate("lai-robbins", 2, [0.1, 0.2]), ValueError, "name must be one of"),
