@@ -196,9 +196,10 @@ def same_ridge(reference, state, width, x):
 
 def without_jit(algorithm, spec, rounds, n):
     """Indices and last state of the first n rounds of run 0, primitive by primitive."""
-    state, indices = algorithm.init(None, spec), []
-    for t in range(n):
-        one = Rounds(*(jnp.asarray(leaf[t]) for leaf in of_run(rounds, 0)))
-        state, (index, *_) = step(algorithm, state, one)
-        indices.append(int(index))
+    with jax.disable_jit():
+        state, indices = algorithm.init(None, spec), []
+        for t in range(n):
+            one = Rounds(*(jnp.asarray(leaf[t]) for leaf in of_run(rounds, 0)))
+            state, (index, *_) = step(algorithm, state, one)
+            indices.append(int(index))
     return indices, state

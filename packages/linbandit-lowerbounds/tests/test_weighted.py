@@ -119,15 +119,6 @@ def test_quiet_rounds_stay_finite(algorithm):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
-def test_without_jit_it_plays_the_same():
-    rounds = replay.contexts(11)
-    algorithm, _ = LEARNERS["oful+"]
-    trace = replay.play(algorithm, replay.SPEC, rounds)
-    indices, state = replay.without_jit(algorithm, replay.SPEC, rounds, 3)
-    assert indices == trace.index[0, :3].tolist()
-    replay.close(state.statistics.inverse, trace.before.statistics.inverse[0, 3])
-
-
 def test_they_are_told_sigma_when_they_say():
     assert [a.needs_sigma for a, _ in LEARNERS.values()] == ["after", "after", "before"]
 

@@ -7,15 +7,17 @@ Each layer is a ridge regression with data of its own. A round starts at layer 1
         go to the next layer;
     (c) else play a survivor whose width exceeds the limit, and add the reward to this layer alone.
 
-All layers are scored at once, [layers, A], and the walk is a fixed number of masked steps: under `vmap` every
-run takes the same steps whichever layer it stops at. One observation touches one layer of one block, O(b^2).
+All layers are scored at once, [layers, A], and the walk is a scan with masks over all of them: under `vmap`
+every run takes the same steps whichever layer it stops at. Act, update and width repeat the walk; inside one
+program XLA does it once. One observation touches one layer of one block, O(b^2).
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from linbandit_lowerbounds import linalg
@@ -112,15 +114,20 @@ def walk(
         slack: how far below the best a survivor may be.
         floor: width below which nothing is left to learn.
     """
-    alive, advances = mask, jnp.ones((), bool)
-    layer = jnp.zeros((), jnp.int32)
+
+    def descend(state: tuple[Array, Array, Array], row: tuple[Array, ...]) -> tuple[Any, None]:
+        alive, advances, layer = state
+        width, value, limit, allowed = row
+        widest = jnp.where(alive, width, 0.0).max()
+        best = jnp.where(alive, value, -jnp.inf).max()
+        advances = advances & (widest > floor) & (widest <= limit)
+        alive = alive & ((value >= best - allowed) | ~advances)
+        return (alive, advances, layer + advances), None
+
     last = widths.shape[0] - 1
-    for current in range(last):
-        widest = jnp.where(alive, widths[current], 0.0).max()
-        best = jnp.where(alive, values[current], -jnp.inf).max()
-        advances = advances & (widest > floor) & (widest <= limits[current])
-        alive = alive & ((values[current] >= best - slack[current]) | ~advances)
-        layer = layer + advances
+    rows = (widths[:last], values[:last], limits[:last], slack[:last])
+    begin = (mask, jnp.ones((), bool), jnp.zeros((), jnp.int32))
+    (alive, _, layer), _ = lax.scan(descend, begin, rows)
     widest = jnp.where(alive, widths[layer], 0.0).max()
     # Below the last layer there is none to go to: what is narrow there is exploited.
     enough = jnp.where(layer == last, jnp.maximum(limits[last], floor), floor)
