@@ -197,8 +197,8 @@ def test_guard_threshold_is_the_lemma_plus_a_deviation_and_scales_with_sigma(x64
         guard = oful_guard(inner=linucb(alpha=0.5), **{**SIZES, "sigma": sigma})
         limit = sigma * (1.5 + np.sqrt(2 * 96 * np.log(2 * 96 / 0.1)))
         best = sigma * (1 / 3 + 3 / 96)
-        fires = int(np.floor(limit / (best + 2.0)) + 1)  # first round with n (best + 2) > limit
-        fixed = rounds._replace(noise=-2.0 - rounds.actions[:, 0] @ rounds.theta)
+        fires = int(np.floor(limit / (best + 0.1)) + 1)  # first round with n (best + 0.1) > limit
+        fixed = rounds._replace(noise=-0.1 - rounds.actions[:, 0] @ rounds.theta)
         state, _, _ = play(guard, fixed)
         assert int(state.inner.rounds) == fires
 

@@ -59,18 +59,19 @@ def contexts():
     return rounds._replace(noise=noise, theta=np.array([0.7, -0.3]))
 
 
-@pytest.mark.parametrize(("constants", "scale", "R"), [("derived", 0.5, 0.1), ("paper", 0.03, 0.01)])
+@pytest.mark.parametrize(("constants", "scale", "R"), [("derived", 0.5, 0.1), ("paper", 0.04, 0.01)])
 def test_membership_is_the_definition(constants, scale, R, x64):
     rng = np.random.default_rng(4)
-    actions, nu_set = rng.uniform(-0.7, 0.7, (30, 2)), rng.uniform(-1.5, 1.5, (5, 2))
+    actions, nu_set = rng.uniform(-0.9, 0.9, (30, 2)), rng.uniform(-1.5, 1.5, (5, 2))
     rewards = actions @ [0.7, 0.2] + 0.1 * rng.uniform(-1.0, 1.0, 30)
+    thetas = np.array([0.7, 0.2]) + rng.uniform(-0.4, 0.4, (200, 2))
     settings = {"constants": constants, "delta": 0.05, "R": R}
-    found = voful_contains(
-        GRID, History(actions, rewards), nu_set, horizon=100, radius_scale=scale, **settings
-    )
-    expected = [contains(t, actions, rewards, nu_set, K=100, scale=scale, **settings) for t in GRID]
-    np.testing.assert_array_equal(found, expected)
-    assert 0 < sum(expected) < len(GRID)
+    history = History(actions, rewards)
+    for horizon in (2, 100):  # one layer, and five of which the least forgiving decides
+        found = voful_contains(thetas, history, nu_set, horizon=horizon, radius_scale=scale, **settings)
+        expected = [contains(t, actions, rewards, nu_set, K=horizon, scale=scale, **settings) for t in thetas]
+        np.testing.assert_array_equal(found, expected)
+        assert 5 < sum(expected) < 195
 
 
 def test_everything_belongs_before_the_first_round_and_the_truth_afterwards(contexts):
