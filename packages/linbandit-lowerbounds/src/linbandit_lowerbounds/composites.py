@@ -177,14 +177,14 @@ class PeelingInstance(Instance):
         cube = jnp.maximum(owner, 0)
         scale = jnp.where(owned, cubes.scale[cube], 0.0)
         active = owned & (jnp.arange(self.n_signs) < cubes.signs[cube])
-        zero = jnp.zeros((), jnp.int32)
+        zero, one = jnp.zeros((), jnp.int32), jnp.ones((), jnp.int32)
         shared = self.bias == "shared"
         return SignSet(
             scale=scale,
             active=active,
             bias=jnp.zeros_like(scale) if self.bias == "centered" else scale,
             block=zero if shared else cube,
-            start=1 + self.n_signs * cube if shared else zero,
+            start=1 + self.n_signs * cube if shared else zero if self.bias == "centered" else one,
             bias_column=zero,
             one_hot=owned & (cube == 0) if self._has_arms else None,
             n_blocks=self.n_blocks,

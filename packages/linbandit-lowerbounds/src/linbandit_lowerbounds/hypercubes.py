@@ -330,7 +330,8 @@ def filling_cube(
         bias: value of the bias coordinate; None without one.
         width: coordinates of the block; None for n_signs.
     """
-    zero = jnp.zeros((), jnp.int32)
+    width = width or n_signs
+    zero, start = jnp.zeros((), jnp.int32), jnp.asarray(width - n_signs, jnp.int32)
     active = jnp.ones(n_signs, bool)
     constant = jnp.zeros_like(scale) if bias is None else bias
-    return SignSet(scale, active, constant, zero, zero, zero, None, 1, width or n_signs, True)
+    return SignSet(scale, active, constant, zero, start, zero, None, 1, width, True)

@@ -46,9 +46,9 @@ class _Blocks(Instance):
     def _cube(
         self, scale: Float[Array, ""], bias: Float[Array, ""], block: Int[Array, ""], active: Any = True
     ) -> SignSet:
-        zero = jnp.zeros((), jnp.int32)
+        zero, start = jnp.zeros((), jnp.int32), jnp.asarray(self.block_dim - self.n_signs, jnp.int32)
         signs = jnp.broadcast_to(jnp.asarray(active, bool), (self.n_signs,))
-        return SignSet(scale, signs, bias, block, zero, zero, None, self.n_blocks, self.block_dim, True)
+        return SignSet(scale, signs, bias, block, start, zero, None, self.n_blocks, self.block_dim, True)
 
 
 class Visits(NamedTuple):
