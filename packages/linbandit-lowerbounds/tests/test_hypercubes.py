@@ -49,9 +49,8 @@ def test_worst_regret_matches_the_worked_number(x64):
 def test_simulated_regret_of_every_policy_lies_between_the_bound_and_its_fourfold():
     K, d, n = 300, 4, 512
     policy = np.repeat([RANDOM, WORST, BEST, LEADER], n // 4)
-    regret = rollout(BernoulliHypercube(K, d), policy, n).regret.sum(0) / (
-        d * math.sqrt(K) / (8 * math.sqrt(6))
-    )
+    lemma = d * math.sqrt(K) / (8 * math.sqrt(6))
+    regret = rollout(BernoulliHypercube(K, d), policy, n).regret.sum(0) / lemma
     random, worst, best, leader = regret.reshape(4, -1)
     assert worst == pytest.approx(np.full(n // 4, 4.0), rel=1e-5)  # float32 sums of 300 terms
     assert best == pytest.approx(np.zeros(n // 4), abs=1e-4)
@@ -99,9 +98,8 @@ def test_noise_below_its_own_shrinks_towards_the_mean(x64):
     p = mean / 0.8
     high, low = (float(r.reward) for r in rewards)
     assert p * high + (1 - p) * low == pytest.approx(mean, abs=1e-15)
-    assert p * (high - mean) ** 2 + (1 - p) * (low - mean) ** 2 == pytest.approx(
-        0.2**2 * p * (1 - p), rel=1e-12
-    )
+    variance = p * (high - mean) ** 2 + (1 - p) * (low - mean) ** 2
+    assert variance == pytest.approx(0.2**2 * p * (1 - p), rel=1e-12)
     silent = instance.reward(state, shown, choice, jnp.zeros(()), jnp.zeros(()))
     assert float(silent.reward) == mean
 
@@ -132,9 +130,9 @@ def test_sizes_follow_the_bias():
 
 
 def test_gaussian_cube_is_the_scaled_one_in_other_units(x64):
-    K, d, sigma, gap = 60, 3, 0.5, 0.1
-    plain = rollout(GaussianHypercube(K, d, sigma, gap=gap), LEADER, 8)
-    scaled = rollout(VarianceScaledHypercube(np.full(K, sigma), d, gap=gap / sigma**2), LEADER, 8)
+    K, d, sigma, gap = 7, 2, 0.5, 0.1
+    plain = rollout(GaussianHypercube(K, d, sigma, gap=gap), LEADER, 16)
+    scaled = rollout(VarianceScaledHypercube(np.full(K, sigma), d, gap=gap / sigma**2), LEADER, 16)
     np.testing.assert_array_equal(plain.choice, scaled.choice)
     np.testing.assert_allclose(plain.regret, scaled.regret, atol=1e-14)
     np.testing.assert_allclose(plain.reward, scaled.reward, atol=1e-14)
@@ -202,7 +200,7 @@ def test_permuting_rounds_leaves_gap_and_worst_regret(x64):
     turned = sigma[::-1]
     one, two = VarianceScaledHypercube(sigma, 2), VarianceScaledHypercube(turned, 2)
     assert float(one.gap[0]) == pytest.approx(float(two.gap[0]), rel=1e-15)
-    regrets = [rollout(cube, WORST, 2).regret.sum(0) for cube in (one, two)]
+    regrets = [rollout(cube, WORST, 16).regret.sum(0) for cube in (one, two)]
     np.testing.assert_allclose(regrets[0], regrets[1], rtol=1e-13)
     np.testing.assert_allclose(regrets[0], 4 * float(one.gap[0]) * (sigma**2).sum(), rtol=1e-13)
 
