@@ -15,21 +15,13 @@ from jaxtyping import Array, Int, Key
 from tqdm import tqdm
 
 from . import checks
+from .compiled import Plan, streams_of
 from .decision_sets import check_enumerable
 from .environment import Adversary, Instance, Spec
 from .objects import ObjectLearner, ObjectPlayer
 from .results import Result
 from .rounds import REPLAY, Rounds
-from .simulate import (
-    Plan,
-    Record,
-    adversary_of,
-    checkpoint_rounds,
-    collect,
-    fingerprint,
-    match,
-    streams_of,
-)
+from .simulate import Record, adversary_of, checkpoint_rounds, collect, fingerprint, match
 
 
 def play_object(
@@ -76,13 +68,13 @@ def play_object(
     rounds = Rounds(instance, adversary, key=key, n_seeds=n_seeds)
     wanted = {"total": (), "checkpoints": checkpoint_rounds(instance.horizon), "all": range(1, last + 1)}
     marks = [int(k) for k in wanted[record] if k <= last]
-    sums = []
+    kept, sums = set(marks), []
     with tqdm(
         total=last, desc="Python loop", unit="round", disable=None if progress else True, leave=False
     ) as bar:
         for k in range(last):
             _round(rounds, players)
-            if record == "all" or k + 1 in marks:
+            if k + 1 in kept:
                 carry = rounds.carry
                 sums.append((np.asarray(carry.regret.total), np.asarray(carry.variance.total)))
             bar.update()

@@ -17,10 +17,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from .compiled import Carry, Plan, chunk_length, draw_chunk, offer, play_round, start_runs, streams_of
 from .decision_sets import Choice, SignSet, check_enumerable
 from .environment import Adversary, Algorithm, AnySet, Instance, Reward, Spec, no_draw
 from .objects import playable, rows_of
-from .simulate import Carry, Plan, chunk_length, draw_chunk, offer, play_round, start_runs, streams_of
 
 
 class Shown(NamedTuple):

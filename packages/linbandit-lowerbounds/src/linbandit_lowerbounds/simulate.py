@@ -1,7 +1,7 @@
 """Many runs of one learner on one instance: a loop over rounds, vectorised over seeds.
 
     for chunk of rounds:                      (Python: progress, checkpoints, interruption)
-        draw contexts and noise of the chunk  (one jitted call; independent of what is learned)
+        draw contexts and noise of the chunk  (independent of what is learned)
         for round in chunk:                   (one compiled loop)
             sigma -> decision set -> choice -> reward -> regret, for all seeds at once
 
@@ -19,56 +19,25 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, Key
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Int, Key
 from tqdm import tqdm
 
 from . import checks
 from .adversaries import Prefixed
-from .environment import Adversary, Algorithm, AnySet, Instance, Observation, Spec, Transition
+from .compiled import Carry, Mode, Plan, chunk_length, draw_chunk, play_chunk, start_runs, streams_of
+from .environment import Adversary, Algorithm, Instance, Spec
 from .results import Checkpoints, Result, State
 
 Record = Literal["total", "checkpoints", "all"]
-Mode = Literal["block", "dense"]
-Round = Int[Array, ""] | int
 
-_STREAMS = {"theta": 0, "rounds": 1, "learner": 2, "adversary": 3}
-# Draws of a chunk stay in the cache of a core; longer chunks only save dispatches.
-_CHUNK_BYTES = 4 * 2**20
-_CHUNK_ROUNDS = (16, 1024)
 _F32_STATE = 1_000_000
 _SAVE_SECONDS = 60.0
-
-
-class Sum(NamedTuple):
-    """A running sum and what rounding took from it (Kahan): float32 holds 10^6 rounds without loss."""
-
-    total: Float[Array, ""]
-    lost: Float[Array, ""]
-
-    def plus(self, term: Float[Array, ""]) -> Sum:
-        """The sum with one more term."""
-        corrected = term - self.lost
-        total = self.total + corrected
-        return Sum(total, (total - self.total) - corrected)
-
-
-class Carry(NamedTuple):
-    """Everything that lives from one round to the next, for one run."""
-
-    instance: Any
-    learner: Any
-    adversary: Any
-    regret: Sum
-    variance: Sum
-    certificate: Sum
-    stopped: Int[Array, ""]
 
 
 def simulate(
@@ -154,7 +123,7 @@ def simulate(
             start = first - first % chunk
             low, high = first - start, min(chunk, last - start)
             drawn = draw_chunk(plan, chunk, instance, adversary, spec, streams, start)
-            carry, trace = _play(plan, chunk, instance, adversary, carry, drawn, start, low, high)
+            carry, trace = play_chunk(plan, chunk, instance, adversary, carry, drawn, start, low, high)
             if trace is not None:
                 rounds = np.arange(start + low, start + high) + 1
                 kept = rounds if wanted is None else rounds[np.isin(rounds, wanted)]
@@ -169,17 +138,6 @@ def simulate(
     if save_to is not None:
         result.save(save_to)
     return result
-
-
-class Plan(NamedTuple):
-    """What a compiled program depends on besides the shapes of its arguments."""
-
-    algorithm: Algorithm
-    mode: Mode
-    n_seeds: int
-    unroll: int
-    traced: bool
-    sharding: NamedSharding | None
 
 
 def match(algorithm: Algorithm, instance: Instance, adversary: Adversary, horizon: int) -> Spec:
@@ -241,23 +199,6 @@ def fingerprint(plan: Plan, instance: Instance, adversary: Adversary, key: Key[A
     return digest.hexdigest()
 
 
-def chunk_length(plan: Plan, instance: Instance, adversary: Adversary, spec: Spec) -> int:
-    """Rounds that are drawn at once: a power of two, so many that the draws take about 4 MiB.
-
-    Args:
-        plan: learner and number of runs.
-        instance: the environment.
-        adversary: the chooser of sigma_k.
-        spec: sizes of the problem.
-    """
-    streams = _stream_keys()
-    drawn = jax.eval_shape(lambda keys: _draw_round(plan, instance, adversary, spec, keys, 0), streams)
-    per_round = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(drawn))
-    low, high = _CHUNK_ROUNDS
-    fitting = max(1, _CHUNK_BYTES // max(1, per_round))
-    return int(min(high, max(low, 2 ** (fitting.bit_length() - 1))))
-
-
 def checkpoint_rounds(horizon: int) -> Int[np.ndarray, " n"]:
     """Rounds of the logarithmic grid: about 16 for each factor of two, and the last.
 
@@ -266,209 +207,6 @@ def checkpoint_rounds(horizon: int) -> Int[np.ndarray, " n"]:
     """
     steps = 16 * int(np.ceil(np.log2(max(horizon, 2)))) + 1
     return np.unique(np.round(np.geomspace(1, horizon, steps)).astype(int))
-
-
-def streams_of(key: Key[Array, ""]) -> dict[str, Key[Array, ""]]:
-    """Independent keys for theta, the rounds of the instance, the learner and the adversary.
-
-    Args:
-        key: the key of the simulation.
-    """
-    return {name: jax.random.fold_in(key, number) for name, number in _STREAMS.items()}
-
-
-# ---------------------------------------------------------------------------------------------- one round
-
-
-def offer(
-    instance: Instance,
-    adversary: Adversary,
-    carry: Carry,
-    of_instance: Any,
-    of_adversary: Any,
-    k: Round,
-) -> tuple[Float[Array, ""], AnySet]:
-    """Sigma_k and D_k of one run, chosen in the order that the adversary's sight allows.
-
-    Args:
-        instance: the environment.
-        adversary: the chooser of sigma_k.
-        carry: the run so far.
-        of_instance: what the instance drew for the round.
-        of_adversary: what the adversary drew for the round.
-        k: the round, from 0.
-    """
-    seen = None
-    if adversary.sees == "decision_set":
-        seen = instance.decision_set(carry.instance, k, jnp.ones(()), of_instance)
-    observation = Observation(k, carry.variance.total, seen)
-    sigma = adversary.choose(carry.adversary, observation, of_adversary)
-    if seen is not None:
-        return sigma, seen
-    return sigma, instance.decision_set(carry.instance, k, sigma, of_instance)
-
-
-def play_round(
-    plan: Plan, instance: Instance, adversary: Adversary, carry: Carry, drawn: Any, k: Round
-) -> tuple[Carry, Any]:
-    """One round of one run: the protocol of `environment`, in its order.
-
-    Args:
-        plan: learner and mode.
-        instance: the environment.
-        adversary: the chooser of sigma_k.
-        carry: the run so far.
-        drawn: what instance, learner and adversary drew for the round.
-        k: the round, from 0.
-
-    Returns:
-        The run after the round, and its running sums.
-    """
-    algorithm = plan.algorithm
-    of_instance, of_learner, of_adversary = drawn
-    sigma, offered = offer(instance, adversary, carry, of_instance, of_adversary, k)
-    shown = offered.in_one_block() if plan.mode == "dense" else offered
-
-    before = sigma if algorithm.needs_sigma in ("before", "upfront") else None
-    choice = algorithm.act(carry.learner, shown, before, of_learner)
-    outcome = instance.reward(carry.instance, offered, choice, sigma, of_instance)
-    after = None if algorithm.needs_sigma == "never" else sigma
-    learner = algorithm.update(carry.learner, shown, choice, outcome.reward, after)
-    past = carry.adversary
-    if adversary.sees != "nothing":
-        past = adversary.update(past, Transition(k, offered, choice, outcome.reward, sigma))
-
-    certificate = carry.certificate
-    if algorithm.width is not None:
-        width = algorithm.width(carry.learner, shown, choice)
-        certificate = certificate.plus(jnp.minimum(instance.reward_range, 2.0 * width))
-    carry = Carry(
-        instance.after(carry.instance, offered, sigma),
-        learner,
-        past,
-        carry.regret.plus(outcome.best_mean - outcome.mean),
-        carry.variance.plus(sigma**2),
-        certificate,
-        carry.stopped + (sigma == 0.0),
-    )
-    return carry, (carry.regret.total, carry.variance.total) if plan.traced else None
-
-
-# ---------------------------------------------------------------------------------------------- programs
-
-
-@partial(jax.jit, static_argnums=0)
-def start_runs(
-    plan: Plan, instance: Instance, adversary: Adversary, spec: Spec, streams: dict[str, Key[Array, ""]]
-) -> Carry:
-    """All runs before the first round: theta, learners, adversaries.
-
-    Args:
-        plan: learner and number of runs.
-        instance: the environment.
-        adversary: the chooser of sigma_k.
-        spec: what the learner is told.
-        streams: as `streams_of` gives them.
-    """
-    algorithm = plan.algorithm
-    zero = jnp.zeros(())
-
-    def run(seed: Int[Array, ""]) -> Carry:
-        hidden = instance.init(jax.random.fold_in(streams["theta"], seed))
-        learner = algorithm.init(jax.random.fold_in(streams["learner"], seed), spec)
-        if algorithm.reveal is not None:
-            learner = algorithm.reveal(learner, instance, hidden)
-        none, stopped = Sum(zero, zero), jnp.zeros((), jnp.int32)
-        return Carry(hidden, learner, adversary.init(instance.spec()), none, none, none, stopped)
-
-    return jax.vmap(run)(jnp.arange(plan.n_seeds))
-
-
-def _draw_round(
-    plan: Plan,
-    instance: Instance,
-    adversary: Adversary,
-    spec: Spec,
-    streams: dict[str, Any],
-    k: Round,
-) -> tuple[Any, Any, Any]:
-    keys = {name: jax.random.fold_in(key, k) for name, key in streams.items()}
-    shape = (plan.n_seeds,)
-    return (
-        instance.draw(keys["rounds"], shape),
-        plan.algorithm.draw(keys["learner"], spec, shape),
-        adversary.draw(keys["adversary"], shape),
-    )
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def draw_chunk(
-    plan: Plan,
-    chunk: int,
-    instance: Instance,
-    adversary: Adversary,
-    spec: Spec,
-    streams: dict[str, Key[Array, ""]],
-    start: Round,
-) -> tuple[Any, Any, Any]:
-    """What instance, learner and adversary draw in `chunk` rounds from `start` on, for all runs.
-
-    Args:
-        plan: learner and number of runs.
-        chunk: number of rounds.
-        instance: the environment.
-        adversary: the chooser of sigma_k.
-        spec: what the learner is told.
-        streams: as `streams_of` gives them.
-        start: the first round.
-
-    Returns:
-        Three pytrees whose leaves have shape (chunk, n_seeds, ...).
-    """
-    rounds = start + jnp.arange(chunk)
-    drawn = jax.vmap(partial(_draw_round, plan, instance, adversary, spec, streams))(rounds)
-    if plan.sharding is None:
-        return drawn
-    along = NamedSharding(plan.sharding.mesh, PartitionSpec(None, *plan.sharding.spec))
-    return jax.tree.map(lambda leaf: lax.with_sharding_constraint(leaf, along), drawn)
-
-
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
-def _play(
-    plan: Plan,
-    chunk: int,
-    instance: Instance,
-    adversary: Adversary,
-    carry: Carry,
-    drawn: tuple[Any, Any, Any],
-    start: Round,
-    low: Round,
-    high: Round,
-) -> tuple[Carry, Any]:
-    """Rounds start + low to start + high - 1; parts of a chunk run the same program, to the same bits."""
-    step = jax.vmap(partial(play_round, plan, instance, adversary), in_axes=(0, 0, None))
-    trace = None
-    if plan.traced:
-        empty = jnp.zeros((chunk, plan.n_seeds), carry.regret.total.dtype)
-        trace = (empty, empty)
-
-    def advance(i: Round, state: tuple[Carry, Any]) -> tuple[Carry, Any]:
-        carry, trace = state
-        carry, sums = step(carry, jax.tree.map(lambda leaf: leaf[i], drawn), start + i)
-        if trace is not None:
-            trace = jax.tree.map(lambda rows, row: rows.at[i].set(row), trace, sums)
-        return carry, trace
-
-    def several(j: Round, state: tuple[Carry, Any]) -> tuple[Carry, Any]:
-        for offset in range(plan.unroll):
-            state = advance(low + plan.unroll * j + offset, state)
-        return state
-
-    groups = (high - low) // plan.unroll
-    state = lax.fori_loop(0, groups, several, (carry, trace))
-    if plan.unroll == 1:
-        return state
-    return lax.fori_loop(low + plan.unroll * groups, high, advance, state)
 
 
 # ---------------------------------------------------------------------------------------------- surroundings
@@ -496,8 +234,8 @@ def _warn_float32(algorithm: Algorithm, spec: Spec) -> None:
         algorithm.name.startswith("SAVE") or spec.horizon * spec.block_dim > _F32_STATE
     ):
         warnings.warn(
-            f"{algorithm.name}: {spec.horizon} rounds in {spec.block_dim} dimensions in float32, where rank-one "
-            "updates drift; jax.enable_x64 gives float64",
+            f"{algorithm.name}: {spec.horizon} rounds in {spec.block_dim} dimensions in float32, where "
+            "rank-one updates drift; jax.enable_x64 gives float64",
             stacklevel=3,
         )
 
@@ -512,10 +250,6 @@ def _placement(sharding: NamedSharding | None, n_seeds: int) -> Callable[[Carry]
             f"got {sharding.spec} and {n_seeds!r}"
         )
     return lambda carry: jax.device_put(carry, sharding)
-
-
-def _stream_keys() -> dict[str, Any]:
-    return dict.fromkeys(_STREAMS, jax.ShapeDtypeStruct((), jax.random.key(0).dtype))
 
 
 def collect(
