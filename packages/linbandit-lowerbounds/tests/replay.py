@@ -20,6 +20,9 @@ RUNS, ROUNDS, ACTIONS, DIM, BLOCKS, SIGNS = 2, 40, 6, 6, 3, 3
 WARM_UP = 8  # forced rounds on sign sets, whose symmetries are ties until theta is generic
 TOLERANCE = 1e-10  # float64, tens of rank-one updates against as many solves of well conditioned systems
 
+# Programs run for milliseconds here: the time LLVM takes to optimise them is not worth it.
+QUICK = {"xla_backend_optimization_level": 0}
+
 SPEC = Spec(None, None, DIM, 1, DIM, ACTIONS, 0, ROUNDS)
 BLOCK_SPEC = Spec(None, None, DIM, BLOCKS, DIM // BLOCKS, ACTIONS, 0, ROUNDS)
 SIGN_SPEC = Spec(None, None, SIGNS + 1, 1, SIGNS + 1, 0, SIGNS, ROUNDS)
@@ -141,8 +144,7 @@ def play(algorithm, spec, rounds):
     return jax.tree.map(np.asarray, Trace(*outputs, after))
 
 
-# Programs run for milliseconds here: the time LLVM takes to optimise them is not worth it.
-@partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
+@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
 def _play(algorithm, spec, rounds):
     def run(rounds):
         return jax.lax.scan(partial(step, algorithm), algorithm.init(None, spec), rounds)

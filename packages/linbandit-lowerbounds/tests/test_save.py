@@ -117,6 +117,26 @@ def test_rotating_all_features_leaves_the_choices(name):
     assert len(np.unique(plain.index)) > 2
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_elimination_begins_at_twice_the_confidence_width(scale):
+    """Layer 1 is narrow and drops the first action iff it is more than 2 * 2^{-1} beta_1 worse.
+
+    Both have the same norm in layer 2, where the lowest surviving index is explored.
+    """
+    algorithm = save(radius_scale=scale)
+    state = algorithm.init(None, Spec(None, None, 2, 1, 2, 2, 0, 100))
+    actions = jnp.asarray([[0.0, 0.1], [0.1, 0.0]])
+    offered = DecisionSet(actions, jnp.ones(2, bool), jnp.zeros((), int), 1)
+    act = jax.jit(algorithm.act, compiler_options=replay.QUICK)
+    beta = 0.7
+    for gap, expected in ((2 * 0.5 * scale * beta * (1 - 1e-9), 0), (2 * 0.5 * scale * beta * (1 + 1e-9), 1)):
+        theta = state.layers.theta.at[0, 0].set(gap / 0.1)
+        known = dataclasses.replace(
+            state, layers=state.layers._replace(theta=theta), radius=state.radius.at[0].set(beta)
+        )
+        assert act(known, offered, None, ()) == expected
+
+
 def test_masked_actions_are_never_played():
     rounds = depths(26)
     trace = replay.play(save(**LEARNERS["practical"]), replay.SPEC, rounds)
