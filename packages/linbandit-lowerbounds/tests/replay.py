@@ -205,3 +205,22 @@ def without_jit(algorithm, spec, rounds, n):
             state, (index, *_) = step(algorithm, state, one)
             indices.append(int(index))
     return indices, state
+
+
+def million_rounds(algorithm):
+    """(state, L) after 10^6 rounds over a cycle of 50 unit actions, V = I + sum xx' = LL' in float64."""
+    rounds, cycle = 1_000_000, 50
+    actions = np.random.default_rng(0).normal(size=(cycle, DIM)).astype(np.float32)
+    actions /= np.linalg.norm(actions, axis=1, keepdims=True)
+    offered = DecisionSet(jnp.asarray(actions), jnp.ones(cycle, bool), jnp.zeros((), jnp.int32), 1)
+
+    @jax.jit
+    def run(state):
+        def advance(k, state):
+            return algorithm.update(state, offered, k % cycle, jnp.float32(0.1), None)
+
+        return jax.lax.fori_loop(0, rounds, advance, state)
+
+    state = jax.tree.map(np.asarray, run(algorithm.init(None, SPEC)))
+    gram = np.eye(DIM) + rounds // cycle * (actions.T.astype(np.float64) @ actions)
+    return state, np.linalg.cholesky(gram)

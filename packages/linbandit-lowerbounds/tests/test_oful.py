@@ -87,6 +87,18 @@ def test_oful_without_jit_plays_the_same():
     replay.close(state.statistics.inverse, trace.before.statistics.inverse[0, 4])
 
 
+def test_a_million_rounds_in_float32_do_not_drift():
+    """P = V^{-1} after 10^6 rank-one updates; V is known exactly from a cycle of contexts."""
+    with jax.enable_x64(False):
+        state, lower = replay.million_rounds(oful())
+    inverse = state.statistics.inverse[0]
+    assert inverse.dtype == np.float32
+    np.testing.assert_array_equal(inverse, inverse.T)
+    # Rounding errors of 6e-8 that all had one sign would add up to 6e-2.
+    np.testing.assert_allclose(lower.T @ inverse @ lower, np.eye(len(lower)), atol=6e-2)
+    assert state.statistics.log_det == pytest.approx(2 * np.log(np.diag(lower)).sum(), rel=6e-2)
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [

@@ -97,27 +97,13 @@ def test_draws_of_runs_are_normal_numbers_of_a_block():
     assert lin_ts().draw(jax.random.key(0), replay.BLOCK_SPEC, (3, 5)).shape == (3, 5, 2)
 
 
-def test_float32_statistics_do_not_drift_in_100_000_rounds():
-    """F F' V = I, V known exactly from a cycle of contexts (peers lose positivity in 15 000)."""
-    rounds, d = 100_000, 6
-    actions = np.random.default_rng(0).normal(size=(50, d)).astype(np.float32)
-    actions /= np.linalg.norm(actions, axis=1, keepdims=True)
-    algorithm = lin_ts()
-    offered = DecisionSet(jnp.asarray(actions), jnp.ones(50, bool), jnp.zeros((), jnp.int32), 1)
-    spec = Spec(None, None, d, 1, d, 50, 0, rounds)
-
-    @jax.jit
-    def run(state):
-        def step(k, state):
-            return algorithm.update(state, offered, k % 50, jnp.float32(0.1), None)
-
-        return jax.lax.fori_loop(0, rounds, step, state)
-
-    root = np.asarray(run(algorithm.init(None, spec)).root[0], np.float64)
-    assert root.dtype == np.float64
-    gram = np.eye(d) + rounds / 50 * actions.T.astype(np.float64) @ actions
-    # Rounding errors of 6e-8 that all had one sign would add up to 6e-3.
-    np.testing.assert_allclose(root.T @ gram @ root, np.eye(d), atol=6e-3)
+def test_a_million_rounds_in_float32_do_not_drift():
+    """L'F F'L = I with V = LL', known exactly from a cycle of contexts (peers lose positivity in 15 000)."""
+    state, lower = replay.million_rounds(lin_ts())
+    root = lower.T @ state.root[0]
+    # Rounding errors of 6e-8 that all had one sign would add up to 6e-2.
+    np.testing.assert_allclose(root @ root.T, np.eye(len(lower)), atol=6e-2)
+    assert state.log_det == pytest.approx(2 * np.log(np.diag(lower)).sum(), rel=6e-2)
 
 
 @pytest.mark.parametrize(
