@@ -12,11 +12,12 @@ import pytest
 
 from linbandit_lowerbounds.adversaries import Prefixed
 from linbandit_lowerbounds.algorithms.oful import linucb, oful
+from linbandit_lowerbounds.compiled import Sum
 from linbandit_lowerbounds.contexts import FixedSet, RandomContexts
 from linbandit_lowerbounds.environment import Adversary, Algorithm, no_draw, register
 from linbandit_lowerbounds.hypercubes import VarianceScaledHypercube
 from linbandit_lowerbounds.results import Result
-from linbandit_lowerbounds.simulate import Sum, checkpoint_rounds, simulate
+from linbandit_lowerbounds.simulate import checkpoint_rounds, simulate
 
 KEY = jax.random.key(7)
 ROUNDS = 40
