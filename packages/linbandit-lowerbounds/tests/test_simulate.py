@@ -299,7 +299,8 @@ from linbandit_lowerbounds.simulate import simulate
 
 assert len(jax.devices()) == 2
 spread = NamedSharding(Mesh(np.array(jax.devices()), ("runs",)), PartitionSpec("runs"))
-play = partial(simulate, oful(), RandomContexts(3, 4, horizon=40), Prefixed(np.ones(40)), key=jax.random.key(3))
+contexts, noise = RandomContexts(3, 4, horizon=40), Prefixed(np.ones(40))
+play = partial(simulate, oful(), contexts, noise, key=jax.random.key(3))
 one, two = (play(n_seeds=6, sharding=where) for where in (None, spread))
 np.testing.assert_allclose(one.regret, two.regret, rtol=2e-5)
 part = play(n_seeds=6, sharding=spread, horizon=17)
