@@ -9,18 +9,10 @@
 
 In one dimension `greedy(prior="gap")` is the sign rule: it plays the more likely sign, and its regret equals
 the bound LB_seq of the variance-scaled hypercube exactly.
-
-The posterior of bounded or Gaussian noise is computed as if it were Gaussian, in covariance form: with
-s^2 the noise variance and q = s^2 + x' C x,
-
-    m <- m + C x (r - <m, x>) / q,   C <- C - C x x' C / q,
-
-which is exact for s = 0 and leaves everything as it is when q = 0.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -30,24 +22,11 @@ from jax.scipy.special import ndtri
 from jaxtyping import Array, Float, Int, Key
 
 from linbandit_lowerbounds import checks, linalg
-from linbandit_lowerbounds.decision_sets import Choice, Explore, SignSet, check_enumerable
+from linbandit_lowerbounds.decision_sets import Choice, Explore, check_enumerable
 from linbandit_lowerbounds.environment import Algorithm, AnySet, SigmaTime, Spec, no_draw
 
 from .factories import factory, named
-
-
-class Posterior(NamedTuple):
-    """A Gaussian belief about theta, one for each block, and the number of finished rounds.
-
-    Args:
-        mean: posterior mean.
-        covariance: posterior covariance.
-        rounds: finished rounds.
-    """
-
-    mean: Float[Array, "blocks b"]
-    covariance: Float[Array, "blocks b b"]
-    rounds: Int[Array, ""]
+from .posterior import Posterior, condition, gaussian_prior, over, without_bias
 
 
 class KnownButOne(NamedTuple):
@@ -277,7 +256,7 @@ def coordinate_oracle(
         features = decision_set.features(choice)
         x = jnp.where(decision_set.block == block, features[column], 0.0)
         rest = reward - features @ linalg.at(state.theta, decision_set.block) - x * state.mean
-        gain = _over(state.variance * x, _variance(sigma, noise) + state.variance * x * x)
+        gain = over(state.variance * x, _variance(sigma, noise) + state.variance * x * x)
         return state._replace(mean=state.mean + gain * rest, variance=state.variance * (1.0 - gain * x))
 
     def reveal(state: KnownButOne, instance: Any, hidden: Any) -> KnownButOne:
@@ -318,17 +297,12 @@ def _bayesian(
     linear = width == 0.0
 
     def init(key: Any, spec: Spec) -> Posterior:
-        if spec.gap is None:
-            raise ValueError("a prior of variance gap^2 needs an instance with a gap (a hypercube), got none")
         if explore == "enumerate" and not linear:
             check_enumerable(spec.n_signs)
-        # One gap for each block, or one for each column.
-        gap = spec.gap.reshape(spec.n_blocks, 1, -1)
-        variance = jnp.broadcast_to(gap**2, (spec.n_blocks, 1, spec.block_dim))
-        return Posterior(_no_theta(spec), variance * jnp.eye(spec.block_dim), jnp.zeros((), jnp.int32))
+        return gaussian_prior(spec)
 
     def act(state: Posterior, decision_set: AnySet, sigma: Float[Array, ""] | None, draw: Any) -> Choice:
-        centred = _without_bias(decision_set)
+        centred = without_bias(decision_set)
         mean = linalg.at(state.mean, centred.block)
         if linear:
             return centred.argmax(mean)
@@ -342,21 +316,7 @@ def _bayesian(
         reward: Float[Array, ""],
         sigma: Float[Array, ""] | None,
     ) -> Posterior:
-        centred = _without_bias(decision_set)
-        offset = p0 * decision_set.bias if isinstance(decision_set, SignSet) else 0.0
-        x = centred.features(choice)
-        mean, covariance = (linalg.at(array, centred.block) for array in (state.mean, state.covariance))
-        direction = covariance @ x
-        total = _variance(sigma, noise) + jnp.maximum(x @ direction, 0.0)
-        mean = mean + direction * _over(reward - offset - x @ mean, total)
-        # The outer product of one vector with itself keeps the covariance exactly symmetric.
-        scaled = direction * jnp.sqrt(_over(jnp.ones_like(total), total))
-        covariance = covariance - scaled[:, None] * scaled[None, :]
-        return Posterior(
-            _put(state.mean, centred.block, mean),
-            _put(state.covariance, centred.block, covariance),
-            state.rounds + 1,
-        )
+        return condition(state, decision_set, choice, reward, _variance(sigma, noise), p0)
 
     return Algorithm(init, act, update, needs_sigma, label, no_draw)
 
@@ -385,13 +345,6 @@ def _no_theta(spec: Spec) -> Float[Array, "blocks b"]:
     return jnp.zeros((spec.n_blocks, spec.block_dim))
 
 
-def _without_bias(decision_set: AnySet) -> AnySet:
-    """The set without its bias coordinate: theta is known there, its part of the reward is subtracted."""
-    if isinstance(decision_set, SignSet):
-        return dataclasses.replace(decision_set, bias=jnp.zeros_like(decision_set.bias))
-    return decision_set
-
-
 def _quantile(rounds: Int[Array, ""], like: Array) -> Float[Array, ""]:
     """Phi^{-1}(1 - 1 / (k + 1)), k = rounds + 1 the coming round, from the small tail (no cancellation)."""
     return -ndtri(1.0 / (rounds + 2).astype(like.dtype))
@@ -410,15 +363,6 @@ def _label(
 
 def _variance(sigma: Float[Array, ""] | None, noise: float) -> Float[Array, ""] | float:
     return noise**2 if sigma is None else sigma**2
-
-
-def _over(numerator: Float[Array, ""], denominator: Float[Array, ""]) -> Float[Array, ""]:
-    """The quotient, 0 where the denominator is 0: nothing is learned there."""
-    return jnp.where(denominator > 0.0, numerator / jnp.where(denominator > 0.0, denominator, 1.0), 0.0)
-
-
-def _put(array: Array, block: Int[Array, ""], value: Array) -> Array:
-    return value[None] if array.shape[0] == 1 else array.at[block].set(value)
 
 
 def _nothing(key: Any, spec: Spec) -> tuple[()]:
