@@ -101,6 +101,7 @@ def test_learners_take_the_cycle_and_theory_one_colour_of_its_own(axes):
         ({"quantity": "A"}, "quantity must be one of"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_a_sandwich_refuses_what_does_not_fit(axes, change, message):
     good = {"x": [1, 2], "bounds": {}, "curves": {"a": around(1, 2)}}
     with pytest.raises(ValueError, match=message):
@@ -187,7 +188,7 @@ def test_nothing_is_black_under_a_style_without_black():
     with mpl.rc_context({"text.color": "#e8eaee"}):
         axes = Figure().subplots()
         plots.sandwich(axes, [1, 2], {"lemma": [1, 2]}, {"a": around(1, 2)}, {"r": [1, 2]})
-        plots.gap_profile(axes, [sweep("b", (1, 2, 3))])
+        plots.gap_profile(axes, [sweep("b", (1.0, 2.0, 3.0))])
         plots.regret_histogram(axes, np.arange(5.0), 2.0, name="c")
         plots.cyclic_visits(axes, np.ones(8))
         drawn = [one.get_color() for one in axes.get_lines()]

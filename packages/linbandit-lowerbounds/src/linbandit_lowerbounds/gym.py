@@ -348,14 +348,15 @@ class _Game:
                 f"action must be an integer for each of {self._n_runs} runs, got shape {actions.shape} of "
                 f"{actions.dtype} in round {k} (from 0)"
             )
-        for run, action in enumerate(actions):
-            if not 0 <= action < count:
+        for illegal, rule in (
+            (lambda: (actions < 0) | (actions >= count), f"in [0, {count})"),
+            (lambda: ~shown.mask[np.arange(actions.size), actions], "one whose mask is 1"),
+        ):
+            found = np.flatnonzero(illegal())
+            if found.size:
+                run = int(found[0])
                 raise ValueError(
-                    f"action must be in [0, {count}), got {action} in round {k} (from 0), run {run}"
-                )
-            if not shown.mask[run, action]:
-                raise ValueError(
-                    f"action must be one whose mask is 1, got {action} in round {k} (from 0), run {run}"
+                    f"action must be {rule}, got {actions[run]} in round {k} (from 0), run {run}"
                 )
 
 

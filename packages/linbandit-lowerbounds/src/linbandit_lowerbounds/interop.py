@@ -62,7 +62,9 @@ def from_object(
     if not isinstance(callback, bool):
         raise TypeError(f"callback must be True or False, got {callback!r}")
     name = getattr(cls, "__name__", type(cls).__name__)
-    described = ", ".join(f"{key} {value}" for key, value in settings.items() if np.ndim(value) == 0)
+    described = ", ".join(
+        f"{key} {value}" for key, value in settings.items() if isinstance(value, int | float | str)
+    )
     name = f"{name} ({described})" if described else name
     if callback:
         return embed(ObjectLearner.of(cls, settings, name))

@@ -33,7 +33,7 @@ from jaxtyping import Array, Float, Int
 
 from .decision_sets import Choice
 from .environment import Algorithm, AnySet, Spec, no_draw
-from .objects import ObjectLearner, ObjectPlayer, playable, rows_of
+from .objects import ObjectLearner, ObjectPlayer, object_seed, playable, rows_of
 
 
 class Seat(NamedTuple):
@@ -58,7 +58,7 @@ def embed(learner: ObjectLearner) -> Algorithm:
     def init(key: Any, spec: Spec) -> Seat:
         none = jnp.zeros(()) if spec.sigma is None else spec.sigma
         enter = partial(host.enter, spec.n_blocks * spec.block_dim, spec.horizon)
-        return Seat(_ask(enter, jax.random.bits(key), none), jnp.zeros((), jnp.int32))
+        return Seat(_ask(enter, object_seed(key), none), jnp.zeros((), jnp.int32))
 
     def act(state: Seat, decision_set: AnySet, sigma: Any, draw: Any) -> Choice:
         listed = playable(decision_set)

@@ -11,14 +11,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Key, UInt32
 from tqdm import tqdm
 
 from . import checks
 from .compiled import Plan, streams_of
 from .decision_sets import check_enumerable
 from .environment import Adversary, Instance, Spec
-from .objects import ObjectLearner, ObjectPlayer
+from .objects import ObjectLearner, ObjectPlayer, object_seed
 from .results import Result
 from .rounds import REPLAY, Rounds
 from .simulate import Record, adversary_of, checkpoint_rounds, collect, fingerprint, match
@@ -96,9 +96,9 @@ def _players(
 
 
 @partial(jax.jit, static_argnums=1)
-def _object_seeds(key: Key[Array, ""], n_seeds: int) -> Int[Array, " seeds"]:
+def _object_seeds(key: Key[Array, ""], n_seeds: int) -> UInt32[Array, " seeds"]:
     """From the key that `Algorithm.init` would get in the same run."""
-    return jax.vmap(lambda run: jax.random.bits(jax.random.fold_in(key, run)))(jnp.arange(n_seeds))
+    return jax.vmap(lambda run: object_seed(jax.random.fold_in(key, run)))(jnp.arange(n_seeds))
 
 
 def _round(rounds: Rounds, players: list[ObjectPlayer]) -> None:

@@ -4,7 +4,7 @@ The object protocol, for NumPy or scikit-learn style code:
 
     act(actions: ndarray[A, d], sigma=None) -> int      index of the row to play
     update(x: ndarray[d], reward: float, sigma=None)    the chosen row and its noisy reward
-    reset(seed: int)                                    optional: called once, before the first round
+    reset(seed: int)                                    optional: called once before round 0; seed < 2^32
     needs_sigma = "never"                               optional class attribute, as in `Algorithm`
 
 Only rows that may be played are shown, so that no mask is needed, in float64. `sigma` is passed only at the
@@ -19,9 +19,10 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float, Key, UInt32
 
 from .decision_sets import DecisionSet, SignSet
 from .environment import AnySet, SigmaTime
@@ -178,6 +179,15 @@ class ObjectPlayer:
 
     def _where(self, k: int) -> str:
         return f"in round {k} (from 0) of run {self._run}"
+
+
+def object_seed(key: Key[Array, ""]) -> UInt32[Array, ""]:
+    """The seed for `reset`: below 2^32, which NumPy's older generators require.
+
+    Args:
+        key: the key of a run's learner.
+    """
+    return jax.random.bits(key, dtype=jnp.uint32)
 
 
 def playable(offered: AnySet) -> DecisionSet:

@@ -36,6 +36,8 @@ except ImportError as error:
 if TYPE_CHECKING:
     from .certify import Certificate, GapSweep, Row
 
+Numbers = Sequence[float] | Sequence[int] | np.ndarray
+
 THEORY = "C5"
 _LEARNERS = 5
 _MARKERS = "osD^vP*X"
@@ -45,10 +47,10 @@ _QUANTITIES = {"d": "dimension d", "K": "rounds K", "S": r"total variance $S=\su
 
 def sandwich(
     axes: Axes,
-    x: Sequence[float],
-    bounds: Mapping[str, Sequence[float]],
+    x: Numbers,
+    bounds: Mapping[str, Numbers],
     curves: Mapping[str, Sequence[Estimate]],
-    rates: Mapping[str, Sequence[float]] | None = None,
+    rates: Mapping[str, Numbers] | None = None,
     *,
     quantity: Literal["d", "K", "S"] = "d",
 ) -> None:
@@ -234,7 +236,7 @@ def _over_variance(axes: Axes, rows: Sequence[Row]) -> None:
         found = [row for row in rows if row.family == family]
         S = [row.S for row in found]
         colour, marker = f"C{number % _LEARNERS}", _MARKERS[number % len(_MARKERS)]
-        per_dim = [row.regret.over(row.d) for row in found]
+        per_dim = [row.regret.over(float(row.d)) for row in found]
         bars = {"yerr": _distances(per_dim), "capsize": 2, "linestyle": "none"}
         values = [estimate.value for estimate in per_dim]
         axes.errorbar(S, values, color=colour, marker=marker, label=family, **bars)
@@ -257,7 +259,7 @@ def _curve(
     return colour
 
 
-def _cut_below(axes: Axes, regret: Sequence[float]) -> None:
+def _cut_below(axes: Axes, regret: Numbers) -> None:
     """Bounds at large gaps fall below 1e-12, which would flatten everything else."""
     lowest = np.nanmin(_positive(regret), initial=math.inf)
     if math.isfinite(lowest):
