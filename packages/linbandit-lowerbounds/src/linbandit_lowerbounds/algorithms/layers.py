@@ -89,10 +89,14 @@ def score(layers: Layers, decision_set: DecisionSet, n_layers: int) -> Scores:
     if decision_set.n_blocks > 1:
         entries = jnp.arange(n_layers) * decision_set.n_blocks + decision_set.block
         inverse, theta = inverse[entries], theta[entries]
+    # x'Px of all layers by one product, in the form whose intermediate array is smaller.
     width = actions.shape[-1]
-    # One product for all layers: rows (layer, i) times columns x.
-    products = inverse.reshape(n_layers * width, width) @ actions.T
-    squares = (products.reshape(n_layers, width, -1) * actions.T).sum(1)
+    if width <= n_layers:
+        outer = (actions[:, :, None] * actions[:, None, :]).reshape(-1, width * width)
+        squares = inverse.reshape(n_layers, width * width) @ outer.T
+    else:
+        products = inverse.reshape(n_layers * width, width) @ actions.T
+        squares = (products.reshape(n_layers, width, -1) * actions.T).sum(1)
     return Scores(theta @ actions.T, jnp.sqrt(jnp.maximum(squares, 0.0)))
 
 
