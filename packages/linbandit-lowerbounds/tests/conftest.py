@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 
-# Most of the suite's time is compilation. LLVM without its optimisations halves it and changes no program but in
+# Most of the time is compilation. LLVM without its optimisations halves it and changes no program but in
 # speed; whoever sets XLA_FLAGS keeps them.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 

@@ -8,6 +8,7 @@ many runs at once, and a certificate for anybody's learner. `linbandit_lowerboun
 
 from .adversaries import CooperativeStrong, Prefixed, RandomSigma, StopWhenLucky, Switching
 from .algorithms import (
+    History,
     bayes_ucb,
     coordinate_oracle,
     epsilon_greedy,
@@ -22,6 +23,8 @@ from .algorithms import (
     save,
     span_explorer,
     sup_lin_ucb,
+    voful2,
+    voful_contains,
     weighted_oful,
     weighted_oful_plus,
     weighted_ucb,
@@ -58,6 +61,7 @@ __all__ = [
     "FixedSet",
     "GapSweep",
     "GaussianHypercube",
+    "History",
     "Instance",
     "JiaBudgetInstance",
     "LeastLoadedInstance",
@@ -109,6 +113,8 @@ __all__ = [
     "simulate",
     "span_explorer",
     "sup_lin_ucb",
+    "voful2",
+    "voful_contains",
     "weak_adversary_bound",
     "weighted_oful",
     "weighted_oful_plus",

@@ -33,8 +33,9 @@ from .interop import ObjectLearner, from_object
 from .intervals import mean_interval
 from .simulate import simulate
 
+_NEED_ARGUMENTS = ("History", "oful_guard", "voful2", "voful_contains")
 LEARNERS: dict[str, Callable[[], Algorithm]] = {
-    name: getattr(algorithms, name) for name in algorithms.__all__ if name != "oful_guard"
+    name: getattr(algorithms, name) for name in algorithms.__all__ if name not in _NEED_ARGUMENTS
 }
 INSTANCES: dict[str, Callable[[int, int], Instance]] = {
     "hypercube": BernoulliHypercube,

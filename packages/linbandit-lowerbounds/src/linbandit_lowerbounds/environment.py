@@ -87,7 +87,8 @@ class Spec:
 
     Args:
         sigma: the whole sequence for learners with `needs_sigma = "upfront"`, else None.
-        gap: the public size |theta_i| of hypercube instances, one for each block; None where there is none.
+        gap: the public size |theta_i| of hypercube instances, one for each block (one for each column after
+            `in_one_block`); None where there is none.
         dim: number of coordinates of theta that count, d in the radii.
         n_blocks: number of orthogonal blocks, 1 for an ordinary linear bandit.
         block_dim: coordinates of a block, padding included.
@@ -107,7 +108,7 @@ class Spec:
 
     def in_one_block(self) -> Spec:
         """The same problem seen without its block structure (mode "dense")."""
-        gap = None if self.gap is None else self.gap[:1]
+        gap = None if self.gap is None else jnp.repeat(self.gap, self.block_dim)
         return dataclasses.replace(self, gap=gap, n_blocks=1, block_dim=self.n_blocks * self.block_dim)
 
 

@@ -7,9 +7,11 @@ from .oful import linucb, oful
 from .save import save
 from .suplinucb import sup_lin_ucb
 from .thompson import lin_ts
+from .voful import History, voful2, voful_contains
 from .weighted import weighted_oful, weighted_oful_plus, weighted_ucb
 
 __all__ = [
+    "History",
     "bayes_ucb",
     "coordinate_oracle",
     "epsilon_greedy",
@@ -24,6 +26,8 @@ __all__ = [
     "save",
     "span_explorer",
     "sup_lin_ucb",
+    "voful2",
+    "voful_contains",
     "weighted_oful",
     "weighted_oful_plus",
     "weighted_ucb",

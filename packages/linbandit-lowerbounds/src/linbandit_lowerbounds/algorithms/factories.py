@@ -22,7 +22,7 @@ def factory(make: Callable[P, Algorithm]) -> Callable[P, Algorithm]:
     untyped: Callable[..., Algorithm] = make
 
     def build(**settings: Any) -> Algorithm:
-        config = ", ".join(f"{name}={value!r}" for name, value in sorted(settings.items()))
+        config = ", ".join(f"{name}={_described(value)}" for name, value in sorted(settings.items()))
         return untyped(**settings)._replace(config=f"{make.__name__}({config})")
 
     cached = lru_cache(maxsize=None)(build)
@@ -62,3 +62,8 @@ def named(name: str, *, radius_scale: float = 1.0, preset: str = "", **settings:
         if value != default
     ]
     return f"{name} ({', '.join(notes)})" if notes else name
+
+
+def _described(value: Any) -> str:
+    # The repr of functions holds addresses, which another process does not share.
+    return value.config if isinstance(value, Algorithm) else repr(value)
