@@ -118,7 +118,6 @@ def no_policy_beats_lemma_43(run: Run) -> Measurement:
 )
 def half_the_bound_is_reached_with_constant_probability(run: Run) -> Measurement:
     cube, game = CUBE[run.scale], COPIES[run.scale]
-    learners = ("greedy",) if run.scale == "quick" else (*cube.learners, *cube.slow)
     half = 0.5 * hypercube_bound(cube.K, cube.d).value
     with stage(run) as on:
         regrets = cube_regrets(on, cube)
@@ -126,7 +125,9 @@ def half_the_bound_is_reached_with_constant_probability(run: Run) -> Measurement
             (name, B): lucky_copies(on, zoo.bernoulli_learner(name), B, game)
             for name, B in run.track([(n, B) for n in game.learners for B in game.B], "copies")
         }
-    reached = {name: frequency(f"P(regret >= bound / 2), {name}", regrets[name] >= half) for name in learners}
+    reached = {
+        name: frequency(f"P(regret >= bound / 2), {name}", regrets[name] >= half) for name in game.single
+    }
     all_lucky = {
         (name, B): frequency(f"P(all {B} copies lucky), {name}", each.all(1))
         for (name, B), each in copies.items()
@@ -143,8 +144,8 @@ def half_the_bound_is_reached_with_constant_probability(run: Run) -> Measurement
         configurations=[asdict(cube), asdict(game)],
         figures=[
             charts.histogram("Regret over runs, and half of Lemma 4.3", regrets[name], 2 * half, name)
-            for name in learners
-            if name in ("greedy", "Bayes-UCB")
+            for name in game.single
+            if name in (game.single[0], "Bayes-UCB")
         ],
         note="The runs of C1. One learner sees all copies, which move in turn; a copy is lucky below half of "
         "its bound. (6/7)^B is what independence promises at least: the real shares are far smaller.",
@@ -227,10 +228,7 @@ def regret_grows_like_d_root_s(run: Run) -> Measurement:
     return Measurement(
         numbers=[*exponents.values(), *[rates.level(worst) for worst in found.values()]],
         criteria=[within(exponents["S"], 0.45, 0.55), within(exponents["d"], 0.9, 1.1)],
-        configurations=[
-            asdict(w.point) | {"learner": name, "gap": w.gap, "best": best[p] is w, "runs": size.runs}
-            for (p, name), w in found.items()
-        ],
+        configurations=rates.configurations(found, best),
         figures=[
             *[rates.sandwich(name, line, found) for name, line in lines.items()],
             rates.profile(max(points, key=lambda p: (p.S, p.d <= 4, p.d)), found),
@@ -266,11 +264,7 @@ def our_bound_is_tight(run: Run) -> Measurement:
             *[above(number, 1.0) for number in ratios.values()],
             *(tight if run.scale != "quick" else ()),
         ],
-        configurations=[
-            asdict(job)
-            | {"K": size.K, "S": float(sigma @ sigma), "runs": found[job].regret.size, "best": job in best}
-            for job in jobs
-        ],
+        configurations=tightness.configurations(found, best, sigma),
         figures=[
             charts.intervals(
                 "Regret over LB_seq", {job.label: n for job, n in ratios.items()}, "ratio", 1.0, 1.5
@@ -331,9 +325,7 @@ def many_copies_resist_a_weak_adversary(run: Run) -> Measurement:
     with stage(run) as on:
         single = [
             weak_adversary.against_one(on, name, adversary, size.d, size.K, size.runs)
-            for name, adversary in run.track(
-                list(weak_adversary.adversaries(size.K).items()), "single instance"
-            )
+            for name, adversary in run.track(weak_adversary.adversaries(size), "single instance")
         ]
         games = weak_adversary.games(size)
         many = {game: weak_adversary.against_many(on, game) for game in run.track(games, "many instances")}
@@ -342,7 +334,7 @@ def many_copies_resist_a_weak_adversary(run: Run) -> Measurement:
     if len(failed) < len(many):
         zero = ", ".join(game.label for game in many if game not in failed)
         raise NotRun(f"the bound is 0 for some run: {zero}")
-    early, hint, _ = single
+    early, hint = single[:2]
     worst = Number("largest share of the largest possible regret", float((early.regret / early.most).max()))
     return Measurement(
         numbers=[

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import charts
 import numpy as np
@@ -113,6 +114,16 @@ def level(worst: Worst) -> Number:
 
 def _value(point: Point, name: str) -> float:
     return float(point.noisy if name == "K" else getattr(point, name))
+
+
+def configurations(found: Found, best: Mapping[Point, Worst]) -> list[dict[str, Any]]:
+    """Every point and learner, every gap that was swept, and which were chosen."""
+    return [
+        asdict(point)
+        | {"learner": name, "gaps": list(worst.profile), "gap": worst.gap, "best": best[point] is worst}
+        | {"runs": worst.regret.size, "selecting runs": worst.profile[worst.gap].size}
+        for (point, name), worst in found.items()
+    ]
 
 
 def sandwich(name: str, line: list[Point], found: Found) -> Figure:

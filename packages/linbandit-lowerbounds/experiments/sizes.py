@@ -1,9 +1,10 @@
 """How large each claim is at each scale: rounds, dimensions, runs, learners.
 
-quick fits two cores and a minute in all; laptop is the specification's default; full needs a GPU, where a
-round costs the launch of its kernels whatever the number of runs. So 10^6 rounds stay where the claim is
-about them (C2, C7), and elsewhere full has 10^5 rounds or fewer and many runs. Learners that list 2^d actions
-play at most 12 signs.
+quick fits two cores and a minute in all; laptop is the specification's default. full needs a GPU, where a
+round costs the launch of its kernels whatever the number of runs. So the specification's 10^6 rounds stay
+where the claim is about them (C2, and C7's many instances); C3, C4, C8 and C9 have 10^4 to 5 10^4 rounds
+instead of 10^5 to 10^6, and many runs. Learners that list 2^d actions play at most 12 signs, so that C3 ends
+at d = 12.
 """
 
 from __future__ import annotations
@@ -30,25 +31,26 @@ class Cube:
 CUBE = {
     "quick": Cube(2000, 4, 200, ("greedy", *zoo.YARDSTICKS)),
     "laptop": Cube(2000, 4, 2000, tuple(n for n in zoo.ZOO if n != zoo.SAVE), (zoo.SAVE,), 60),
-    "full": Cube(100_000, 16, 65_536, (*zoo.LINEAR, *zoo.YARDSTICKS)),
+    "full": Cube(100_000, 16, 65_536, ("greedy", "LinTS", *zoo.YARDSTICKS)),
 }
 
 
 @dataclass(frozen=True)
 class Copies:
-    """The game of B copies: copies, rounds and signs of each, runs, learners."""
+    """The game of B copies: copies, rounds and signs of each, runs, learners; those judged on C1's runs."""
 
     B: tuple[int, ...]
     K: int
     d: int
     runs: int
     learners: tuple[str, ...]
+    single: tuple[str, ...]
 
 
 COPIES = {
-    "quick": Copies((8,), 100, 4, 300, ("posterior signs",)),
-    "laptop": Copies((8, 39), 400, 4, 300, ("posterior signs", "Bayes-UCB")),
-    "full": Copies((88,), 200, 4, 1024, ("posterior signs", "Bayes-UCB")),
+    "quick": Copies((8,), 100, 4, 300, ("posterior signs",), ("greedy",)),
+    "laptop": Copies((8, 39), 400, 4, 300, ("posterior signs", "Bayes-UCB"), zoo.ZOO),
+    "full": Copies((88,), 200, 4, 1024, ("posterior signs", "Bayes-UCB"), CUBE["full"].learners),
 }
 
 
@@ -64,21 +66,15 @@ class Rates:
 
 
 RATES = {
-    "quick": Rates(1000, (2, 4), (1000 / 30, 1000), 200, {"greedy": 4, "Bayes-UCB": 4}),
+    "quick": Rates(1000, (2, 4), (33, 1000), 200, {"greedy": 4, "Bayes-UCB": 4}),
     "laptop": Rates(
         1000,
         (2, 4, 8, 12),
-        (1000 / 30, 100, 300, 1000),
+        (33, 100, 300, 1000),
         400,
         {"greedy": 12, "LinTS": 12, "OFUL": 8, "Bayes-UCB": 12, zoo.SAVE: 2, zoo.SAVE_THEORY: 2},
     ),
-    "full": Rates(
-        30_000,
-        (4, 6, 8, 12),
-        (1000, 5000, 30_000),
-        1024,
-        {"LinTS": 12, "Bayes-UCB": 12},
-    ),
+    "full": Rates(10_000, (4, 8, 12), (300, 10_000), 1024, {"LinTS": 12, "Bayes-UCB": 12}),
 }
 
 
@@ -99,7 +95,7 @@ class Tight:
 TIGHT = {
     "quick": Tight(1000, (4,), 200, {"greedy": 4, "Bayes-UCB": 4}, batches=5),
     "laptop": Tight(4000, (4, 8), 1000, {"greedy": 8, "LinTS": 8, "OFUL": 8, "Bayes-UCB": 8}),
-    "full": Tight(100_000, (12, 64), 1024, {"posterior signs": 64, "LinTS": 64, "Bayes-UCB": 12}),
+    "full": Tight(20_000, (12, 64), 1024, {"posterior signs": 64, "LinTS": 64, "Bayes-UCB": 12}),
 }
 
 
@@ -110,7 +106,8 @@ SIGN_RULE_RUNS = {"quick": 5000, "laptop": 100_000, "full": 10_000_000}
 class Weak:
     """C7: rounds, signs and runs of the single instance, and the games against many.
 
-    Games are (construction, rounds, eta, runs, share of the rounds after which `Switching` stops).
+    Games are (construction, rounds, eta, runs, share of the rounds after which `Switching` stops). If
+    patient, everything also meets the adversary that waits until all signs are known.
     """
 
     K: int
@@ -130,7 +127,7 @@ WEAK = {
         True,
     ),
     "full": Weak(
-        100_000,
+        20_000,
         4,
         4096,
         (("least_loaded", 1_000_000, 0.05, 4096, 0.25), ("paper", 16_384, 0.05, 1024, 0.5)),
@@ -153,7 +150,7 @@ class Strong:
 STRONG = {
     "quick": Strong(6, 400, 10, 50, ("span explorer",)),
     "laptop": Strong(6, 400, 10, 400, ("span explorer", "Bayes-UCB")),
-    "full": Strong(64, 100_000, 80, 1024, ("span explorer", "posterior signs")),
+    "full": Strong(64, 50_000, 80, 1024, ("span explorer", "posterior signs")),
 }
 
 
@@ -188,7 +185,7 @@ ADAPTIVE = {
     "full": Adaptive(
         32,
         32,
-        30_000,
+        10_000,
         (1.0, 0.03),
         512,
         (zoo.SAVE, "weighted UCB"),

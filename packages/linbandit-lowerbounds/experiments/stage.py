@@ -110,13 +110,15 @@ def _devices(name: str) -> tuple[Any, ...]:
 
 def mean(name: str, samples: Any, over: float = 1.0, **options: Any) -> Number:
     """Mean over runs with its 95 % t interval, divided by a positive number."""
-    return Number(name, *mean_interval(np.asarray(samples), 0.95).over(over), **options)
+    return Number(name, *mean_interval(np.asarray(samples), 0.95).over(float(over)), **options)
 
 
 def frequency(name: str, hits: Any, **options: Any) -> Number:
     """Share of runs in which something happened, with Wilson's 95 % interval."""
     hits = np.asarray(hits, bool)
-    return Number(name, *wilson_interval(int(hits.sum()), hits.size, 0.95), **options)
+    value, low, high = wilson_interval(int(hits.sum()), hits.size, 0.95)
+    # With none or all of the runs a limit is the value itself, up to rounding.
+    return Number(name, value, min(low, value), max(high, value), **options)
 
 
 def ratio(name: str, above: Any, below: Any) -> Number:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import zoo
@@ -72,3 +73,12 @@ def best_learners(found: Mapping[Job, Played]) -> list[Job]:
     for job in found:
         groups.setdefault((job.d, job.x), []).append(job)
     return [min(group, key=lambda job: found[job].selecting) for group in groups.values()]
+
+
+def configurations(found: Mapping[Job, Played], best: list[Job], sigma: np.ndarray) -> list[dict[str, Any]]:
+    """Every setting that was played, and which learner was chosen as the best."""
+    S = float(sigma @ sigma)
+    return [
+        asdict(job) | {"K": sigma.size, "S": S, "runs": played.regret.size, "best": job in best}
+        for job, played in found.items()
+    ]
