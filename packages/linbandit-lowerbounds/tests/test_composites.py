@@ -24,10 +24,17 @@ GROUP = np.array([4, 1, 0, 3, 4, 4, 0, 1, 3, 0, 4, 3])
 DIMS = (2, 1, 1, 0, 3)  # group 3 owns nothing, group 2 owns a coordinate without rounds
 
 
-def offered(instance, k, state):
-    shown = instance.decision_set(state, jnp.asarray(k), instance.prefix[k], None)
+@jax.jit
+def offer(instance, k, state):
+    shown = instance.decision_set(state, k, instance.prefix[k], None)
     rows = shown.enumerate()
-    return shown, np.unique(np.asarray(rows.dense())[np.asarray(rows.mask)], axis=0)
+    return shown, rows.dense(), rows.mask, shown.best_value(state[shown.block])
+
+
+def offered(instance, k, state):
+    """The decision set of a round, its distinct actions in all coordinates, and the best mean."""
+    shown, rows, mask, best = offer(instance, k, state)
+    return shown, np.unique(np.asarray(rows)[np.asarray(mask)], axis=0), float(best)
 
 
 # ---------------------------------------------------------------------------------------------- peeling
@@ -55,7 +62,7 @@ def test_each_group_plays_on_its_own_columns(bias, x64):
     np.testing.assert_array_equal(dense_theta[padding], 0.0)
     used = {}
     for k, group in enumerate(GROUP):
-        shown, rows = offered(instance, k, state)
+        _, rows, best = offered(instance, k, state)
         columns = np.flatnonzero(np.abs(rows).max(0) > 0)
         assert set(columns) <= set(instance.columns)
         varying = np.flatnonzero(np.ptp(rows, axis=0) > 0)
@@ -75,7 +82,6 @@ def test_each_group_plays_on_its_own_columns(bias, x64):
             # Lemma 4.3 needs K_i >= 1.5 d_i^2; here only group 1 has enough rounds.
             gap = 1 / math.sqrt(96 * 2) if group == 1 else 1 / (12 * DIMS[group])
             np.testing.assert_allclose(np.abs(dense_theta[varying]), gap, rtol=1e-12)
-        best = float(shown.best_value(state[shown.block]))
         assert best == pytest.approx((rows @ dense_theta).max(), abs=1e-15)
     assert [len(used[i]) for i in (0, 1, 3, 4)] == [2, 1, 0, 3]
     flat = [column for columns in used.values() for column in columns]
@@ -86,15 +92,15 @@ def test_group_0_pays_one_arm_without_noise(x64):
     instance = PeelingInstance(SIGMA, None, DIMS)
     for seed in range(4):
         state = instance.init(jax.random.key(seed))
-        shown, _ = offered(instance, 2, state)
-        units = np.flatnonzero(shown.enumerate().mask)
+        shown, _, best = offered(instance, 2, state)
+        units = (1, 2)  # one sign up: the arms of a group with two coordinates
         rewards = [
             instance.reward(state, shown, shown.choice_of(unit), jnp.asarray(0.02), jnp.asarray(0.7))
             for unit in units
         ]
         assert sorted(float(outcome.reward) for outcome in rewards) == [0.0, 1.0]
         assert all(float(outcome.reward) == float(outcome.mean) for outcome in rewards)
-        assert float(shown.best_value(state[0])) == 1.0
+        assert best == 1.0
 
 
 def test_rewarded_arm_of_group_0_is_uniform():

@@ -166,11 +166,12 @@ def test_pick_reaches_both_ends_of_a_listed_set():
 def test_ties_go_to_the_lowest_index():
     equal = DecisionSet(jnp.ones((4, 2)), jnp.array([False, True, True, True]), jnp.asarray(0), 1)
     assert int(equal.argmax(jnp.ones(2))) == 1
-    assert int(equal.argmax_ucb(jnp.ones(2), jnp.eye(2), 1.0)) == 1
+    ucb = jax.jit(lambda shown, theta: shown.argmax_ucb(theta, jnp.eye(theta.size), 1.0))
+    assert int(ucb(equal, jnp.ones(2))) == 1
     cube = signs(3, width=3, fills=True)
     assert cube.argmax(jnp.zeros(3)).tolist() == [-1.0, -1.0, -1.0]
     # With theta = 0 and the identity all eight corners tie.
-    assert cube.argmax_ucb(jnp.zeros(3), jnp.eye(3), 1.0).tolist() == [-1.0, -1.0, -1.0]
+    assert ucb(cube, jnp.zeros(3)).tolist() == [-1.0, -1.0, -1.0]
 
 
 def test_listing_more_than_twelve_signs_is_refused():
@@ -179,7 +180,8 @@ def test_listing_more_than_twelve_signs_is_refused():
     for ask in (cube.enumerate, lambda: cube.argmax_ucb(jnp.zeros(13), jnp.eye(13), 1.0)):
         with pytest.raises(ValueError, match="coordinate_ascent"):
             ask()
-    assert cube.argmax_ucb(jnp.ones(13), jnp.eye(13), 1.0, "coordinate_ascent").tolist() == [1.0] * 13
+    ascend = jax.jit(lambda theta: cube.argmax_ucb(theta, jnp.eye(13), 1.0, "coordinate_ascent"))
+    assert ascend(jnp.ones(13)).tolist() == [1.0] * 13
 
 
 def test_best_value_of_a_fully_masked_coordinate_counts_the_bias_only(x64):

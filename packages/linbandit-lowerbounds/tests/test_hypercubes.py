@@ -19,8 +19,14 @@ BIASES = ("shared", "per_block", "centered")
 def all_means(instance, sigma=1.0):
     """(mean reward of every action, best mean, the state) in one round."""
     state = instance.init(KEY)
-    shown = instance.decision_set(state, jnp.asarray(0), jnp.asarray(sigma), None)
-    return np.asarray(shown.enumerate().values(state)), float(shown.best_value(state)), (state, shown)
+    shown, means, best = offer(instance, state, jnp.asarray(sigma, float))
+    return np.asarray(means), float(best), (state, shown)
+
+
+@jax.jit
+def offer(instance, state, sigma):
+    shown = instance.decision_set(state, jnp.asarray(0), sigma, None)
+    return shown, shown.enumerate().values(state), shown.best_value(state)
 
 
 # ---------------------------------------------------------------------------------------------- Bernoulli
