@@ -21,8 +21,9 @@ Levels = dict[float, Result]
 def over_levels(on: Stage, name: str, instance: Instance, size: Adaptive, runs: int) -> Levels:
     """A learner at every constant level of noise, with the same contexts and standardised noise."""
     algorithm = zoo.learner(name)
+    record = "checkpoints" if name in size.reported else "total"
     return {
-        level: on.play(algorithm, instance, Prefixed(np.full(size.K, level)), runs=runs, record="checkpoints")
+        level: on.play(algorithm, instance, Prefixed(np.full(size.K, level)), runs=runs, record=record)
         for level in size.levels
     }
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.ticker import NullFormatter
 
 from linbandit_lowerbounds import plots
 from linbandit_lowerbounds.certify import GapSweep
@@ -66,6 +67,21 @@ def histogram(title: str, regret: np.ndarray, bound: float, name: str) -> Figure
     return Figure(title, draw)
 
 
+def below_a_limit(title: str, regret: Mapping[str, np.ndarray], limit: float, name: str) -> Figure:
+    """Regret of single runs, one histogram per game, and what none of them may exceed."""
+
+    def draw(canvas: Any) -> None:
+        axes = canvas.subplots()
+        bins = np.linspace(0.0, limit, 49)
+        for number, (game, values) in enumerate(regret.items()):
+            axes.hist(values, bins=bins, color=f"C{number % 6}", alpha=0.6, label=game)
+        axes.axvline(limit, linestyle="dashed", color=plots.THEORY, label=name)
+        axes.set(xlabel="regret of a run", ylabel="runs")
+        axes.legend(fontsize="small")
+
+    return Figure(title, draw)
+
+
 def visits(title: str, sigma: np.ndarray) -> Figure:
     """Visits of the sub-instances of the cyclic construction, beside those they are tuned to."""
 
@@ -105,6 +121,7 @@ def grouped_bars(title: str, axis: str, groups: Mapping[str, Mapping[str, float]
         axes.set_yticks(range(len(groups)), list(groups))
         axes.invert_yaxis()
         axes.set(xlabel=axis, xscale="log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.legend(fontsize="x-small", ncols=2)
 
     return Figure(title, draw)

@@ -46,11 +46,11 @@ class Row:
 
 
 ROWS = {
-    "quick": (Row("log-uniform", 4096, 26, 256, ("greedy", "posterior signs")),),
+    "quick": (Row("log-uniform", 4096, 26, 256, ("posterior signs",)),),
     "laptop": (
-        Row("constant", 2**14, 45, 256, zoo.LINEAR),
+        Row("constant", 2**14, 30, 128, zoo.LINEAR),
         Row("log-uniform", 2**14, 30, 256, zoo.LINEAR),
-        Row("3-level", 2**14, 30, 256, zoo.LINEAR),
+        Row("3-level", 2**14, 45, 256, zoo.LINEAR),
         Row("constant", 2**15, 8, 256, ("greedy", "posterior signs", "Bayes-UCB")),
     ),
     "full": (Row("constant", 2**20, 24, 1024, ("posterior signs",), "equal"),),

@@ -148,7 +148,7 @@ class Strong:
 
 
 STRONG = {
-    "quick": Strong(6, 400, 10, 50, ("span explorer",)),
+    "quick": Strong(6, 400, 10, 50, ("posterior signs",)),
     "laptop": Strong(6, 400, 10, 400, ("span explorer", "Bayes-UCB")),
     "full": Strong(64, 50_000, 80, 1024, ("span explorer", "posterior signs")),
 }
@@ -170,7 +170,7 @@ class Adaptive:
 
 
 ADAPTIVE = {
-    "quick": Adaptive(6, 10, 1000, (1.0, 0.03), 8, (zoo.SAVE, "weighted UCB"), (), ("weighted UCB",), 8),
+    "quick": Adaptive(6, 10, 1000, (1.0, 0.03), 8, (zoo.SAVE, "weighted UCB"), (), (), 8),
     "laptop": Adaptive(
         6,
         10,
