@@ -176,6 +176,7 @@ def test_dense_and_block_agree_where_there_is_one_block():
     np.testing.assert_array_equal(play(mode="dense").regret, play().regret)
 
 
+@pytest.mark.slow
 def test_a_batch_equals_runs_without_compilation(x64):
     cube = VarianceScaledHypercube(np.linspace(0.2, 1.0, 6), 2)
     compiled = simulate(oful(), cube, key=KEY, n_seeds=2, progress=False)
@@ -315,5 +316,6 @@ else:
 
 
 def test_two_devices_equal_one():
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    two = "--xla_force_host_platform_device_count=2"
+    flags = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {two}", "JAX_PLATFORMS": "cpu"}
     subprocess.run([sys.executable, "-c", TWO_DEVICES], check=True, env=os.environ | flags, timeout=120)
