@@ -10,7 +10,7 @@ Nothing here imports jax or the package.
 Sources: section 3.7 of the specification names each paper; docs/radii.md derives each radius.
 """
 
-# ruff: noqa: ARG002  (the object protocol passes sigma to everybody)
+
 
 import math
 from statistics import NormalDist

@@ -1,6 +1,6 @@
 """Float64 NumPy truth of the learners of the proofs: SpanExplorer (Theorem 5.4) and OFULGuard (Lemma A.1)."""
 
-# ruff: noqa: ARG002  (the object protocol passes sigma to everybody)
+
 
 import math
 

@@ -4,7 +4,7 @@ Same conventions as reference.py: `k` is the index of the coming round, ties go 
 radii are unscaled and `radius_scale` acts where a radius is used.
 """
 
-# ruff: noqa: ARG002  (the object protocol passes sigma to everybody)
+
 
 import math
 
