@@ -130,6 +130,7 @@ class Instance:
         horizon: number of rounds the instance is built for.
         uses_sigma: whether decision sets or rewards' scale depend on sigma_k through D_k; strong adversaries,
             who see D_k first, are refused then.
+        reward_range: most regret of a round, the cap of a term of the realised certificate.
     """
 
     dim: int
@@ -139,7 +140,11 @@ class Instance:
     horizon: int
     n_signs: int = 0
     uses_sigma: ClassVar[bool] = False
-    reward_range: ClassVar[float] = 2.0
+
+    @property
+    def reward_range(self) -> float | Float[Array, ""]:
+        """2, for mean rewards in [-1, 1]; larger where an instance allows larger means."""
+        return 2.0
 
     @property
     def prefix(self) -> Float[Array, " K"] | None:

@@ -43,6 +43,11 @@ class _Cube(Instance):
         """|theta_i| of the hidden signs."""
         return self._gap
 
+    @property
+    def reward_range(self) -> Float[Array, ""]:
+        """All signs wrong at features of size 1: 2 d gap."""
+        return 2.0 * self.n_signs * self._gap[0]
+
     def _signs(self, key: Key[Array, ""]) -> Float[Array, " d"]:
         return self._gap[0] * jax.random.rademacher(key, (self.n_signs,), self._gap.dtype)
 

@@ -39,6 +39,11 @@ class _Blocks(Instance):
         """|theta_i| of each block."""
         return self._gap
 
+    @property
+    def reward_range(self) -> Float[Array, ""]:
+        """All signs wrong at features of size 1, in the block of the largest gap."""
+        return 2.0 * self.n_signs * self._gap.max()
+
     def _signs(self, key: Key[Array, ""]) -> Float[Array, "blocks n"]:
         shape = (self.n_blocks, self.n_signs)
         return self._gap[:, None] * jax.random.rademacher(key, shape, self._gap.dtype)
