@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 
 def real(name: str, value: Any, *, above: float = -math.inf, at_least: float = -math.inf) -> float:
@@ -82,7 +84,26 @@ def one_of(name: str, value: Any, accepted: Sequence[Any]) -> None:
         raise ValueError(f"{name} must be one of {list(accepted)}, got {value!r}")
 
 
-def sigmas(name: str, value: Any) -> np.ndarray:
+def reals(name: str, value: Any) -> Float[np.ndarray, "*shape"]:
+    """An array of real numbers of any shape, as float64.
+
+    Args:
+        name: the argument's name.
+        value: what was given.
+
+    Raises:
+        TypeError: if it is ragged, or holds texts, complex numbers or other things.
+    """
+    try:
+        array = np.asarray(value)
+        if array.dtype.kind not in "cSU":  # NumPy would read texts and drop imaginary parts
+            return array.astype(np.float64)
+    except (TypeError, ValueError):
+        pass
+    raise TypeError(f"{name} must be an array of numbers, got {reprlib.repr(value)}")
+
+
+def sigmas(name: str, value: Any) -> Float[np.ndarray, " K"]:
     """A sequence of standard deviations in [0, 1], at least two rounds long, as float64.
 
     Args:
@@ -90,17 +111,14 @@ def sigmas(name: str, value: Any) -> np.ndarray:
         value: what was given.
 
     Raises:
-        TypeError: if it cannot be read as numbers.
+        TypeError: if it is not an array of real numbers.
         ValueError: if it has another shape, fewer than two entries, or entries outside [0, 1].
     """
-    try:
-        array = np.asarray(value, np.float64)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name} must be an array of numbers, got {type(value).__name__}") from error
+    array = reals(name, value)
     if array.ndim != 1 or array.size < 2:
         raise ValueError(f"{name} must have shape (K,) with K >= 2, got shape {array.shape}")
     wrong = ~((array >= 0.0) & (array <= 1.0))
     if wrong.any():
         k = int(np.argmax(wrong))
-        raise ValueError(f"{name} must lie in [0, 1], got {array[k]!r} in round {k}")
+        raise ValueError(f"{name} must lie in [0, 1], got {float(array[k])!r} in round {k}")
     return array

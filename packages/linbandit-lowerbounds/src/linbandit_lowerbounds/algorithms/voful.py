@@ -238,10 +238,7 @@ def _clip(products: Float[Array, "*n"], levels: Float[Array, " layers"]) -> Floa
 
 
 def _rows(name: str, value: Any) -> Rows:
-    try:
-        array = np.asarray(value, np.float64)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name} must be an array of numbers, got {type(value).__name__}") from error
+    array = checks.reals(name, value)
     if array.ndim != 2 or 0 in array.shape or not np.isfinite(array).all():
         raise ValueError(f"{name} must be a finite (n, d) array with n, d >= 1, got shape {array.shape}")
     return tuple(tuple(map(float, row)) for row in array)
