@@ -323,6 +323,7 @@ def test_regret_falls_below_the_least_loaded_bound_in_fewer_than_eta_of_runs(sto
             ValueError,
             "d must be >= 14872",
         ),
+        (lambda: weak_adversary_bound(np.ones(4), 10**6, eta=None), TypeError, "eta must be a real number"),
         (lambda: required_dimension(1, 0.1, "paper"), ValueError, "K must be >= 2"),
         (lambda: required_dimension(4, 0.1, "ours"), ValueError, "construction must be one of"),
         (lambda: least_loaded_sizes(4, 0.1, V1=0.0), ValueError, "V1 must be finite and > 0"),

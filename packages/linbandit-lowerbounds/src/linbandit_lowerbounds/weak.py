@@ -119,6 +119,7 @@ def weak_adversary_bound(
     Source: He and Gu 2025 (arXiv 2503.12020), theorem 5.2; docs/proofs.md, sections 7 to 9.
     """
     sequence = checks.sigmas("sigma", sigma)
+    eta = checks.probability("eta", eta)
     checks.one_of("construction", construction, CONSTRUCTIONS)
     if construction == "paper":
         _only_least_loaded(V1, x)
