@@ -67,7 +67,8 @@ class PeelingInstance(Instance):
 
     Args:
         sigma: standard deviations in [0, 1].
-        d: coordinates to share out; hidden signs of all groups together.
+        d: coordinates to share out; hidden signs of all groups together. None takes the sum of an explicit
+            vector.
         dims: how (see `peeling.groups`): "equal", "occupied", "best" or an explicit vector.
         bias: where the known p0 = 1/3 sits: "shared" in one coordinate for all groups (d + 1 in all, a single
             block), "per_block" in one for each group (a block for each group), "centered" nowhere: the known
@@ -95,6 +96,8 @@ class PeelingInstance(Instance):
         sequence = checks.sigmas("sigma", sigma)
         checks.one_of("bias", bias, BIASES)
         checks.one_of("scale", scale, ("lowest", "threshold"))
+        if isinstance(dims, str):
+            d = checks.count("d", d)
         peeling = groups(sigma, d, dims=dims)
         owners = np.flatnonzero(peeling.dims)
         signs = peeling.dims[owners]
