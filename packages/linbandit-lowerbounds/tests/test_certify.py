@@ -178,6 +178,24 @@ def test_bad_arguments_are_named(arguments, message):
         certify(algorithm, key=KEY, **arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sigma": np.zeros(8)}, "sigma must hold a positive entry, got only zeros"),
+        ({"x": 1.0}, "x must be a sequence of gaps, got 1.0"),
+        ({"x": []}, "x must hold at least one gap"),
+        ({"x": [-1.0]}, "x must be finite and > 0, got -1.0"),
+        ({"level": 95}, r"level must be in \(0, 1\), got 95"),
+        ({"d": 0}, "d must be >= 1, got 0"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_of_a_sweep_are_named(arguments, message):
+    settings = {"sigma": np.ones(8), "d": 2, "key": KEY, "n_seeds": 3, **arguments}
+    with pytest.raises((ValueError, TypeError), match=message):
+        gap_sweep(baselines.random(), **settings)
+
+
 def test_a_learner_without_a_family_it_can_play_is_refused():
     def init(key, spec):
         raise ValueError("needs listed actions")

@@ -275,7 +275,12 @@ def gap_sweep(
         ValueError: if an argument is out of range.
     """
     sequence = checks.sigmas("sigma", sigma)
+    if not sequence.any():
+        raise ValueError("sigma must hold a positive entry, got only zeros")
     n_seeds = checks.count("n_seeds", n_seeds, at_least=3)
+    level = checks.probability("level", level)
+    if not isinstance(x, Sequence | np.ndarray):
+        raise TypeError(f"x must be a sequence of gaps, got {x!r}")
     gaps = tuple(checks.real("x", one, above=0.0) for one in x)
     if not gaps:
         raise ValueError("x must hold at least one gap, got none")
