@@ -440,6 +440,7 @@ def variance_aware_regret_falls_with_the_variance(run: Run) -> Measurement:
         configurations=[asdict(size)],
         figures=[adaptive.sandwich(size, found)],
         note="SAVE with the constants of its theorem explores throughout at this scale: its regret is linear "
-        "in the rounds, which is stated, not failed. The practical preset has no proof. Contexts are uniform "
-        "on the sphere; contexts that are digits (rows of unit norm, from laptop scale) are reported.",
+        "in the rounds, which is stated, not failed. The practical preset has no proof. Random contexts are "
+        "kind: OFUL, which takes every round for noisy, falls with sigma too, but less than weighted UCB. "
+        "Contexts that are digits (rows of unit norm, from laptop scale) are reported.",
     )

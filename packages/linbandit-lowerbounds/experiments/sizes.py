@@ -30,7 +30,7 @@ class Cube:
 
 CUBE = {
     "quick": Cube(2000, 4, 200, ("greedy", *zoo.YARDSTICKS)),
-    "laptop": Cube(2000, 4, 2000, tuple(n for n in zoo.ZOO if n != zoo.SAVE), (zoo.SAVE,), 60),
+    "laptop": Cube(2000, 4, 2000, tuple(n for n in zoo.ZOO if n != zoo.SAVE), (zoo.SAVE,), 300),
     "full": Cube(100_000, 16, 65_536, ("greedy", "LinTS", *zoo.YARDSTICKS)),
 }
 
@@ -72,7 +72,7 @@ RATES = {
         (2, 4, 8, 12),
         (33, 100, 300, 1000),
         400,
-        {"greedy": 12, "LinTS": 12, "OFUL": 8, "Bayes-UCB": 12, zoo.SAVE: 2, zoo.SAVE_THEORY: 2},
+        {"greedy": 12, "LinTS": 12, "OFUL": 8, "Bayes-UCB": 12, zoo.SAVE: 4, zoo.SAVE_THEORY: 4},
     ),
     "full": Rates(10_000, (4, 8, 12), (300, 10_000), 1024, {"LinTS": 12, "Bayes-UCB": 12}),
 }

@@ -51,6 +51,17 @@ def claims(module):
     return {value.id: value for value in vars(module).values() if isinstance(value, harness.Claim)}
 
 
+def uneven_of(instance_class):
+    """Makes two copies of which the second has twice the gap."""
+
+    def make(*sizes):
+        instance = instance_class(*sizes)
+        instance._gap = instance._gap * np.array([1.0, 2.0])
+        return instance
+
+    return make
+
+
 @pytest.fixture
 def cpu(module):
     """A stage for parts that are not a whole claim."""
@@ -229,12 +240,19 @@ def test_learners_are_compared_at_several_levels_of_noise(module, claims, monkey
 # ------------------------------------------------------------------------------------------------- the parts
 
 
-def test_copies_move_in_turn_and_their_regret_adds_up(module, cpu):
+def test_copies_move_in_turn_and_keep_their_own_regret(module, cpu, monkeypatch):
+    names = module.lucky_copies.__globals__
     game = sized(module.COPIES, (2,), 5, 2, 6, (), ())
-    regret = module.lucky_copies.__globals__["regret_of_copies"](cpu, module.zoo.learner("worst"), 2, game)
     gap = math.sqrt(1 / (96 * 5))
-    assert regret.shape == (6, 2)
-    np.testing.assert_allclose(regret, 5 * 2 * 2 * gap, rtol=1e-12)  # K rounds, d signs, 2 gap each
+
+    regret = names["regret_of_copies"](cpu, module.zoo.learner("worst"), 2, game)
+    np.testing.assert_allclose(
+        regret, np.full((6, 2), 5 * 2 * 2 * gap), rtol=1e-12
+    )  # K rounds, d signs, 2 gap
+    with monkeypatch.context() as patch:
+        patch.setitem(names, "HypercubeCopies", uneven_of(names["HypercubeCopies"]))
+        regret = names["regret_of_copies"](cpu, module.zoo.learner("worst"), 2, game)
+    np.testing.assert_allclose(regret, np.tile([20 * gap, 40 * gap], (6, 1)), rtol=1e-12)
 
 
 def test_the_worst_gap_is_chosen_on_runs_that_are_not_measured(module, cpu, monkeypatch):
