@@ -191,6 +191,7 @@ def certify(
         TypeError: if the algorithm or another argument has the wrong type.
         ValueError: if an argument is out of range, or the learner cannot play a family.
     """
+    checks.random_key("key", key)
     n_seeds = checks.count("n_seeds", n_seeds, at_least=3)
     level = checks.probability("level", level)
     budget = math.inf if budget_s is None else checks.real("budget_s", budget_s, above=0.0)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 import reprlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -82,6 +86,37 @@ def one_of(name: str, value: Any, accepted: Sequence[Any]) -> None:
     """
     if value not in accepted:
         raise ValueError(f"{name} must be one of {list(accepted)}, got {value!r}")
+
+
+def random_key(name: str, value: Any) -> None:
+    """A single new-style random key.
+
+    Args:
+        name: the argument's name.
+        value: what was given.
+
+    Raises:
+        TypeError: if it was not made by `jax.random.key`.
+        ValueError: if it is an array of several keys.
+    """
+    if not isinstance(value, jax.Array) or not jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        raise TypeError(f"{name} must be made by jax.random.key, got {reprlib.repr(value)}")
+    if value.shape != ():
+        raise ValueError(f"{name} must be a single key, got keys of shape {value.shape}")
+
+
+def file_in_folder(name: str, value: str | os.PathLike[str]) -> None:
+    """A file whose folder exists, so that hours of work are not lost when it is written.
+
+    Args:
+        name: the argument's name.
+        value: the path of the file.
+
+    Raises:
+        ValueError: if there is no such folder.
+    """
+    if not Path(value).parent.is_dir():
+        raise ValueError(f"{name} must be a file in a folder that exists, got {value!s}")
 
 
 def reals(name: str, value: Any) -> Float[np.ndarray, "*shape"]:

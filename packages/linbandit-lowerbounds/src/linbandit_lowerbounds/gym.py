@@ -281,9 +281,9 @@ class _Game:
     def __init__(self, instance: Instance, adversary: Adversary | None, show_sigma: bool) -> None:
         if not isinstance(show_sigma, bool):
             raise TypeError(f"show_sigma must be True or False, got {show_sigma!r}")
-        check_enumerable(instance.n_signs)
         self._instance = instance
         self._adversary = adversary_of(instance, adversary)
+        check_enumerable(instance.n_signs)
         match(REPLAY, instance, self._adversary, instance.horizon)
         self._show_sigma = show_sigma
         count = instance.max_actions

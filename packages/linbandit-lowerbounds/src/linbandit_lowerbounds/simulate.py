@@ -84,10 +84,20 @@ def simulate(
         ValueError: if an argument is out of range, learner, adversary and instance do not suit each other
             (who may see what), or `resume` belongs to another simulation.
     """
+    if not isinstance(algorithm, Algorithm):
+        raise TypeError(
+            "algorithm must be an Algorithm, as factories return it (oful(), not oful); Python objects are "
+            f"played by play_object; got {algorithm!r}"
+        )
+    checks.random_key("key", key)
     n_seeds = checks.count("n_seeds", n_seeds)
     unroll = checks.count("unroll", unroll)
     checks.one_of("record", record, ("total", "checkpoints", "all"))
     checks.one_of("mode", mode, ("block", "dense"))
+    if not isinstance(resume, State | Result | None):
+        raise TypeError(f"resume must be a Result or its state, got {type(resume).__name__}")
+    if save_to is not None:
+        checks.file_in_folder("save_to", save_to)
     adversary = adversary_of(instance, adversary)
     last = checks.count("horizon", instance.horizon if horizon is None else horizon)
     spec = match(algorithm, instance, adversary, last)
@@ -220,13 +230,26 @@ def adversary_of(instance: Instance, adversary: Adversary | None) -> Adversary:
         adversary: the chooser of sigma_k, or None.
 
     Raises:
-        ValueError: if there is neither.
+        TypeError: if one of them is something else, or its class is not registered as a pytree.
+        ValueError: if there is no adversary and no sequence.
     """
+    _participant("instance", instance, Instance)
+    if adversary is not None:
+        _participant("adversary", adversary, Adversary)
     if adversary is not None:
         return adversary
     if instance.prefix is None:
         raise ValueError(f"adversary must be given: {type(instance).__name__} has no sequence of its own")
     return Prefixed(instance.prefix)
+
+
+def _participant(name: str, value: object, base: type) -> None:
+    if not isinstance(value, base):
+        raise TypeError(f"{name} must be an {base.__name__}, got {value!r}")
+    if jax.tree_util.all_leaves([value]):
+        raise TypeError(
+            f"{name} must be a pytree: decorate {type(value).__name__} with @register(arrays=...)"
+        )
 
 
 def _warn_float32(algorithm: Algorithm, spec: Spec) -> None:
@@ -243,6 +266,8 @@ def _warn_float32(algorithm: Algorithm, spec: Spec) -> None:
 def _placement(sharding: NamedSharding | None, n_seeds: int) -> Callable[[Carry], Carry]:
     if sharding is None:
         return lambda carry: carry
+    if not isinstance(sharding, NamedSharding):
+        raise TypeError(f"sharding must be a jax.sharding.NamedSharding, got {sharding!r}")
     devices = sharding.mesh.size
     if len(sharding.spec) != 1 or n_seeds % devices:
         raise ValueError(
