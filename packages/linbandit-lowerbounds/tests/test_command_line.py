@@ -81,6 +81,31 @@ def test_instances_lists_every_family(capsys):
 
 
 @pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("def act(:", "cannot be imported: SyntaxError"),
+        ("1 / 0", "cannot be imported: ZeroDivisionError: division by zero"),
+        (
+            "class Own:\n"
+            "    def act(self, actions): raise KeyError('lost')\n"
+            "    def update(self, x, reward): pass\n",
+            "act failed in round 0 (from 0) of run 0: KeyError: 'lost'",
+        ),
+    ],
+    ids=["syntax", "import", "act"],
+)
+def test_a_learner_that_raises_is_no_verdict(source, message, tmp_path, monkeypatch, capsys):
+    (tmp_path / f"own_{len(source)}.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["certify", f"own_{len(source)}:Own", "--family", "hypercube", "--seeds", "3"])
+    assert ended.value.code == 2  # status 1 says "below a lower bound"
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["bound", "--rounds", "1", "--d", "3"], "rounds must be >= 2, got 1"),
@@ -93,6 +118,9 @@ def test_instances_lists_every_family(capsys):
         (["certify", "no_such_module:C"], "learner 'no_such_module:C' cannot be imported"),
         (["certify", "json:Nothing"], "cannot be imported: no 'Nothing' in 'json'"),
         (["certify", "greedy", "--family", "cube"], "family must be one of"),
+        (["certify", "greedy", "--json", "no_such_folder/found.json"], "--json must be a file in a folder"),
+        (["simulate", "oful", "--save", "no_such_folder/runs.npz"], "save_to must be a file in a folder"),
+        (["simulate", "oful", "--key", str(2**70)], "--key must be a number of 64 bits"),
     ],
     ids=lambda case: " ".join(case) if isinstance(case, list) else "",
 )

@@ -5,8 +5,9 @@
     python -m linbandit_lowerbounds simulate oful --instance scaled --rounds 2000 --d 4
     python -m linbandit_lowerbounds instances
 
-Wrong words or values end the process with status 2 and one line, a missing dependency with status 1 and what
-to install. `certify` ends with status 1 when the learner lies below a lower bound.
+Wrong words or values, and learners that raise, end the process with status 2 and one line, a missing
+dependency with status 1 and what to install. `certify` ends with status 1 when the learner lies below a lower
+bound.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
+from jaxtyping import Array, Key
 
 from . import algorithms, checks
 from .bounds import PREFIXED_KINDS, prefixed_bound
@@ -59,8 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: words after the program's name; those of the process if None.
 
     Returns:
-        0, or 1 when a certified learner lies below a lower bound. Wrong input ends the process with status 2,
-        a missing dependency with status 1.
+        0, or 1 when a certified learner lies below a lower bound. Wrong input, or a learner that raises, ends
+        the process with status 2, a missing dependency with status 1.
     """
     parser = _parser()
     options = parser.parse_args(arguments)
@@ -70,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.writelines(f"{line}\n" for line in lines)
     except ImportError as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
         parser.error(" ".join(str(error).split()))
     return int(status)
 
@@ -149,12 +151,17 @@ def _bound(options: argparse.Namespace) -> Iterator[Any]:
 
 
 def _certify(options: argparse.Namespace) -> Iterator[Any]:
+    for name, path in (("--json", options.json), ("--plot", options.plot)):
+        if path is not None:
+            checks.file_in_folder(name, path)
+    if options.plot is not None:  # a missing matplotlib shall not be found after the work
+        importlib.import_module("linbandit_lowerbounds.plots")
     learner = _learner(options.learner)
     certificate = certify(
         learner,
         family=options.family,
         n_seeds=options.seeds,
-        key=jax.random.key(options.key),
+        key=_key(options.key),
         budget_s=options.budget,
     )
     if options.json is not None:
@@ -170,7 +177,7 @@ def _simulate(options: argparse.Namespace) -> Iterator[Any]:
     result = simulate(
         LEARNERS[options.learner](),
         INSTANCES[options.instance](rounds, d),
-        key=jax.random.key(options.key),
+        key=_key(options.key),
         n_seeds=options.seeds,
         save_to=options.save,
     )
@@ -208,6 +215,12 @@ def _read(path: Path) -> np.ndarray:
     return checks.sigmas("sigma", values)
 
 
+def _key(seed: int) -> Key[Array, ""]:
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"--key must be a number of 64 bits, got {seed}")
+    return jax.random.key(seed)
+
+
 def _learner(name: str) -> Algorithm | ObjectLearner:
     if name in LEARNERS:
         return LEARNERS[name]()
@@ -216,11 +229,17 @@ def _learner(name: str) -> Algorithm | ObjectLearner:
         raise ValueError(f"learner must be module:Class or one of {', '.join(LEARNERS)}, got {name!r}")
     sys.path.insert(0, str(Path.cwd()))
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        imported = importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ValueError(f"learner {name!r} cannot be imported: {error}") from None
-    except AttributeError:
-        raise ValueError(f"learner {name!r} cannot be imported: no {attribute!r} in {module!r}") from None
+    except ImportError:
+        raise
+    except Exception as error:
+        kind = type(error).__name__
+        raise ValueError(f"learner {name!r} cannot be imported: {kind}: {error}") from error
+    found = getattr(imported, attribute, None)
+    if found is None:
+        raise ValueError(f"learner {name!r} cannot be imported: no {attribute!r} in {module!r}")
     return found if isinstance(found, Algorithm | ObjectLearner) else from_object(found)
 
 
