@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache, wraps
+from inspect import signature
+from numbers import Real
 from typing import Any, ParamSpec
 
 from linbandit_lowerbounds.environment import Algorithm
@@ -20,9 +22,14 @@ def factory(make: Callable[P, Algorithm]) -> Callable[P, Algorithm]:
         make: a function of keyword arguments that returns an `Algorithm`.
     """
     untyped: Callable[..., Algorithm] = make
+    defaults = {
+        name: parameter.default
+        for name, parameter in signature(make).parameters.items()
+        if parameter.default is not parameter.empty
+    }
 
     def build(**settings: Any) -> Algorithm:
-        config = ", ".join(f"{name}={_described(value)}" for name, value in sorted(settings.items()))
+        config = ", ".join(f"{name}={_described(value)}" for name, value in settings.items())
         return untyped(**settings)._replace(config=f"{make.__name__}({config})")
 
     cached = lru_cache(maxsize=None)(build)
@@ -31,11 +38,13 @@ def factory(make: Callable[P, Algorithm]) -> Callable[P, Algorithm]:
     def wrapper(*args: P.args, **settings: P.kwargs) -> Algorithm:
         if args:
             raise TypeError(f"{make.__name__} takes keyword arguments only, got {args!r}")
+        # In one order and with the defaults: equal settings are one learner, however they are spelled.
+        complete: dict[str, Any] = dict(sorted((defaults | settings).items()))
         try:
-            return cached(**settings)
+            return cached(**complete)
         except TypeError:
             # Unhashable values cannot be cached; wrong ones raise here what the factory itself says.
-            return build(**settings)
+            return build(**complete)
 
     return wrapper
 
@@ -66,4 +75,7 @@ def named(name: str, *, radius_scale: float = 1.0, preset: str = "", **settings:
 
 def _described(value: Any) -> str:
     # The repr of functions holds addresses, which another process does not share.
-    return value.config if isinstance(value, Algorithm) else repr(value)
+    if isinstance(value, Algorithm):
+        return value.config
+    # 1, 1.0 and NumPy's one are equal settings.
+    return repr(float(value)) if isinstance(value, Real) and not isinstance(value, bool) else repr(value)
