@@ -191,10 +191,11 @@ def object_seed(key: Key[Array, ""]) -> UInt32[Array, ""]:
 
 
 def playable(offered: AnySet) -> DecisionSet:
-    """The decision set as a list whose mask holds every different action once.
+    """The decision set as a list whose mask leaves out the twins that padded signs make.
 
     Padded signs of a `SignSet` do not change an action: of such twins the mask keeps the first. A set without
-    any active sign is its row 0.
+    any active sign is its row 0. (In a round without noise all rows of a scaled hypercube are zero; they
+    stay, so that every round of the instance has as many.)
 
     Args:
         offered: any decision set.

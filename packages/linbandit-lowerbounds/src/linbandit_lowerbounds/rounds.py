@@ -201,7 +201,8 @@ def _group(offered: AnySet) -> Int[Array, ""]:
         # Groups that share a bias lie side by side in one block, after the bias.
         group = jnp.maximum(offered.start - 1, 0) // offered.n_signs
     if isinstance(offered, SignSet):
-        group = jnp.where(offered.active.any(), group, -1)
+        choice = offered.scale > 0.0 if offered.one_hot is None else (offered.scale > 0.0) | offered.one_hot
+        group = jnp.where(choice & offered.active.any(), group, -1)
     return group.astype(jnp.int32)
 
 
