@@ -118,12 +118,10 @@ class RandomContexts(_Listed):
         return _sphere(jax.random.normal(key, (self.dim,)))
 
     def draw(self, key: Key[Array, ""], shape: tuple[int, ...]) -> Drawn:
-        """Directions of the actions, not yet of length `norm`, and standard normal noise."""
+        """The actions, and standard normal noise."""
         contexts, noise = jax.random.split(key)
-        return Drawn(
-            jax.random.normal(contexts, (*shape, self.max_actions, self.dim)),
-            jax.random.normal(noise, shape),
-        )
+        directions = jax.random.normal(contexts, (*shape, self.max_actions, self.dim))
+        return Drawn(self.norm * _sphere(directions), jax.random.normal(noise, shape))
 
     def decision_set(
         self, state: Any, k: Int[Array, ""], sigma: Float[Array, ""], draw: Drawn
@@ -131,7 +129,7 @@ class RandomContexts(_Listed):
         """The drawn actions."""
         assert draw.contexts is not None  # noqa: S101  (tells the type checker what `draw` returned)
         mask = jnp.ones(self.max_actions, bool)
-        return DecisionSet(self.norm * _sphere(draw.contexts), mask, jnp.zeros((), jnp.int32), 1)
+        return DecisionSet(draw.contexts, mask, jnp.zeros((), jnp.int32), 1)
 
 
 def fixed_set_counterexample(D: Float[Array, "A d"], K: int, theta: Any = None) -> tuple[FixedSet, Prefixed]:
