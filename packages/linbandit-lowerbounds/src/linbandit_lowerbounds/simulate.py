@@ -299,7 +299,8 @@ def collect(
     """
     checkpoints = None
     if plan.traced:
-        parts = [] if earlier is None else [earlier]
+        nothing = np.zeros((0, plan.n_seeds), carry.regret.total.dtype)
+        parts = [Checkpoints(np.zeros(0, int), nothing, nothing) if earlier is None else earlier]
         parts += [Checkpoints(at, *trace) for at, trace in zip(played, traces, strict=True)]
         checkpoints = Checkpoints(*(np.concatenate(part) for part in zip(*parts, strict=True)))
     certified = plan.algorithm.width is not None
