@@ -7,6 +7,7 @@ import pytest
 from linbandit_lowerbounds.adversaries import Prefixed
 from linbandit_lowerbounds.algorithms.baselines import worst
 from linbandit_lowerbounds.algorithms.oful import linucb
+from linbandit_lowerbounds.contexts import FixedSet
 from linbandit_lowerbounds.hypercubes import GaussianHypercube, VarianceScaledHypercube
 from linbandit_lowerbounds.multi_instances import LeastLoadedInstance
 from linbandit_lowerbounds.simulate import simulate
@@ -21,9 +22,11 @@ CONFIDENT = linucb(alpha=1e6)  # an interval that covers, so that only the cap i
     [
         VarianceScaledHypercube(np.ones(ROUNDS), 3, gap=2.0),
         GaussianHypercube(ROUNDS, 3, gap=2.0),
+        FixedSet([[3.0, 0.0], [-3.0, 0.0]], [1.0, 0.0], horizon=ROUNDS),
+        FixedSet([[3.0, 0.0], [-3.0, 0.0]], horizon=ROUNDS),
         LeastLoadedInstance(ROUNDS, 12, 0.9, V1=0.5, x=1.0),
     ],
-    ids=["scaled", "gaussian", "least loaded"],
+    ids=["scaled", "gaussian", "fixed", "unknown theta", "least loaded"],
 )
 def test_a_round_is_capped_by_the_regret_that_the_instance_allows(instance):
     adversary = None if instance.prefix is not None else PLAIN

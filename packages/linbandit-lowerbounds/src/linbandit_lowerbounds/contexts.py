@@ -74,6 +74,13 @@ class FixedSet(_Listed):
         self.block_dim = self.dim
         self.horizon = checks.count("horizon", horizon)
 
+    @property
+    def reward_range(self) -> Float[Array, ""]:
+        """Distance of the best from the worst action, for an unknown unit theta at most twice the longest."""
+        if self.theta is None:
+            return 2.0 * jnp.sqrt((self.actions**2).sum(-1).max())
+        return jnp.ptp(self.actions @ self.theta)
+
     def init(self, key: Key[Array, ""]) -> Float[Array, " d"]:
         """The given theta, or a uniformly random unit vector."""
         return self.theta if self.theta is not None else _sphere(jax.random.normal(key, (self.dim,)))
