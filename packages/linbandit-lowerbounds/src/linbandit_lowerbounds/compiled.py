@@ -25,7 +25,9 @@ from .environment import Adversary, Algorithm, AnySet, Instance, Observation, Sp
 Mode = Literal["block", "dense"]
 Round = Int[Array, ""] | int
 
-_STREAMS = {"theta": 0, "rounds": 1, "learner": 2, "adversary": 3}
+# "theta" and "start" are folded with the number of a run, the others with that of a round: a stream with both
+# would hand out one key twice.
+_STREAMS = {"theta": 0, "rounds": 1, "learner": 2, "adversary": 3, "start": 4}
 # Draws of a chunk stay in the cache of a core; longer chunks only save dispatches.
 _CHUNK_BYTES = 4 * 2**20
 _CHUNK_ROUNDS = (16, 1024)
@@ -68,7 +70,7 @@ class Plan(NamedTuple):
 
 
 def streams_of(key: Key[Array, ""]) -> dict[str, Key[Array, ""]]:
-    """Independent keys for theta, the rounds of the instance, the learner and the adversary.
+    """Independent keys for theta, the rounds of instance, learner and adversary, and the learner's start.
 
     Args:
         key: the key of the simulation.
@@ -195,7 +197,7 @@ def start_runs(
 
     def run(seed: Int[Array, ""]) -> Carry:
         hidden = instance.init(jax.random.fold_in(streams["theta"], seed))
-        learner = algorithm.init(jax.random.fold_in(streams["learner"], seed), spec)
+        learner = algorithm.init(jax.random.fold_in(streams["start"], seed), spec)
         if algorithm.reveal is not None:
             learner = algorithm.reveal(learner, instance, hidden)
         none, stopped = Sum(zero, zero), jnp.zeros((), jnp.int32)

@@ -65,7 +65,7 @@ def play_object(
     last = checks.count("horizon", instance.horizon if horizon is None else horizon)
     declared = REPLAY._replace(needs_sigma=learner.needs_sigma, name=learner.name, config=repr(learner))
     spec = match(declared, instance, adversary, last)
-    players = _players(learner, instance, spec, streams_of(key)["learner"], n_seeds)
+    players = _players(learner, instance, spec, streams_of(key)["start"], n_seeds)
     rounds = Rounds(instance, adversary, key=key, n_seeds=n_seeds)
     wanted = {"total": (), "checkpoints": checkpoint_rounds(instance.horizon), "all": range(1, last + 1)}
     marks = [int(k) for k in wanted[record] if k <= last]

@@ -6,9 +6,10 @@
             sigma -> decision set -> choice -> reward -> regret, for all seeds at once
 
 Randomness: one key. Streams for theta, rounds, learner and adversary are folded from it, then the number of
-the round; run s takes entry s of what a round draws. So two learners meet identical theta, decision sets and
-noise, and run s is the same however many runs there are. Memory does not grow with the number of rounds
-unless `record="all"`.
+the round; run s takes entry s of what a round draws. (Theta and the learner's `init` have streams of their
+own, folded with the number of the run.) So two learners meet identical theta, decision sets and noise, and
+run s is the same however many runs there are. Memory does not grow with the number of rounds unless
+`record="all"`.
 """
 
 from __future__ import annotations
