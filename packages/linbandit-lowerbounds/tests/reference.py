@@ -10,8 +10,6 @@ Nothing here imports jax or the package.
 Sources: section 3.7 of the specification names each paper; docs/radii.md derives each radius.
 """
 
-
-
 import math
 from statistics import NormalDist
 

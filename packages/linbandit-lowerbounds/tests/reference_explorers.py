@@ -1,7 +1,5 @@
 """Float64 NumPy truth of the learners of the proofs: SpanExplorer (Theorem 5.4) and OFULGuard (Lemma A.1)."""
 
-
-
 import math
 
 import numpy as np

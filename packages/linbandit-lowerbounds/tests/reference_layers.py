@@ -4,8 +4,6 @@ Same conventions as reference.py: `k` is the index of the coming round, ties go 
 radii are unscaled and `radius_scale` acts where a radius is used.
 """
 
-
-
 import math
 
 import numpy as np
