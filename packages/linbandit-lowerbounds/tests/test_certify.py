@@ -178,6 +178,15 @@ def test_bad_arguments_are_named(arguments, message):
         certify(algorithm, key=KEY, **arguments)
 
 
+@pytest.mark.parametrize("x", [2.0, 32.0])
+def test_bounds_hold_at_gaps_beyond_the_normal_form(x):
+    """In the first round nothing is known: it alone costs d gap sigma^2, however large the gap."""
+    sweep = gap_sweep(baselines.greedy(), np.ones(16), 4, x=[x], key=KEY, n_seeds=40, progress=False)
+    assert x / 16 <= sweep.bounds[0] <= sweep.regret[0].high
+    caught = gap_sweep(baselines.oracle(), np.ones(16), 4, x=[x], key=KEY, n_seeds=3, progress=False)
+    assert caught.regret[0].high < caught.bounds[0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
