@@ -158,18 +158,6 @@ def outside(
     return _is_new(rest, actions, rtol)
 
 
-def explained(basis: SpanBasis, block: Int[Array, ""], actions: Float[Array, "A b"]) -> Float[Array, " A"]:
-    """<theta, projection of x on the span>: the mean reward of every action inside the span.
-
-    Args:
-        basis: the span.
-        block: the block of the actions.
-        actions: features inside the block.
-    """
-    _, coefficients = _project(at(basis.vectors, block), actions)
-    return coefficients @ at(basis.values, block)
-
-
 def extend(
     basis: SpanBasis,
     block: Int[Array, ""],
