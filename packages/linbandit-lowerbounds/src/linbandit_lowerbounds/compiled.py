@@ -56,6 +56,15 @@ class Carry(NamedTuple):
     variance: Sum
     certificate: Sum
     stopped: Int[Array, ""]
+    fault: Int[Array, ""]
+
+
+FAULTS = (
+    "the adversary chose a sigma outside [0, 1]",
+    "the instance offered no action that may be played",
+    "the learner chose an action that is not offered",
+)
+"""What `Carry.fault` - 1 means; 0 is a run in order, and the first fault of a run stays."""
 
 
 class Plan(NamedTuple):
@@ -160,6 +169,11 @@ def play_round(
     if adversary.sees != "nothing":
         past = adversary.update(past, Transition(k, offered, choice, outcome.reward, sigma))
 
+    # From the least to the most basic: what comes later covers what it may have caused.
+    fault = jnp.where(offered.allows(choice), 0, 3)
+    fault = jnp.where(offered.is_empty(), 2, fault)
+    fault = jnp.where((sigma >= 0.0) & (sigma <= 1.0), fault, 1).astype(jnp.int32)
+
     certificate = carry.certificate
     if algorithm.width is not None:
         width = algorithm.width(carry.learner, shown, choice)
@@ -172,6 +186,7 @@ def play_round(
         carry.variance.plus(sigma**2),
         certificate,
         carry.stopped + (sigma == 0.0),
+        jnp.where(carry.fault == 0, fault, carry.fault),
     )
     return carry, (carry.regret.total, carry.variance.total) if plan.traced else None
 
@@ -200,8 +215,9 @@ def start_runs(
         learner = algorithm.init(jax.random.fold_in(streams["start"], seed), spec)
         if algorithm.reveal is not None:
             learner = algorithm.reveal(learner, instance, hidden)
-        none, stopped = Sum(zero, zero), jnp.zeros((), jnp.int32)
-        return Carry(hidden, learner, adversary.init(instance.spec()), none, none, none, stopped)
+        nothing, count = Sum(zero, zero), jnp.zeros((), jnp.int32)
+        past = adversary.init(instance.spec())
+        return Carry(hidden, learner, past, nothing, nothing, nothing, count, count)
 
     return jax.vmap(run)(jnp.arange(plan.n_seeds))
 

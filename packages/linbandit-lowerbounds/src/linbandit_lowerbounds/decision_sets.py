@@ -70,6 +70,15 @@ class DecisionSet:
         """The choice that plays row `index`."""
         return jnp.asarray(index, jnp.int32)
 
+    def allows(self, choice: Choice) -> Bool[Array, ""]:
+        """Whether the choice is a row that may be played."""
+        known = (choice >= 0) & (choice < self.mask.shape[0])
+        return known & self.mask[choice]
+
+    def is_empty(self) -> Bool[Array, ""]:
+        """Whether no row may be played."""
+        return ~self.mask.any()
+
     def features(self, choice: Choice) -> Float[Array, " b"]:
         """Features of a choice inside the block."""
         return self.actions[choice]
@@ -182,6 +191,14 @@ class SignSet:
         """The signs of row `index` of `enumerate()`."""
         bits = (jnp.asarray(index) >> jnp.arange(self.n_signs)) & 1
         return 2.0 * bits.astype(self.scale.dtype) - 1.0
+
+    def allows(self, choice: Choice) -> Bool[Array, ""]:
+        """Whether the choice is a vector of signs."""
+        return (jnp.abs(choice) == 1.0).all()
+
+    def is_empty(self) -> Bool[Array, ""]:
+        """Whether there is nothing to play: never, without active signs there is the zero action."""
+        return jnp.zeros((), bool)
 
     def features(self, choice: Choice) -> Float[Array, " b"]:
         """Features of chosen signs inside the block."""

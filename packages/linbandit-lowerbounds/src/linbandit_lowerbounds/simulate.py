@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from . import checks
 from .adversaries import Prefixed
-from .compiled import Carry, Mode, Plan, chunk_length, draw_chunk, play_chunk, start_runs, streams_of
+from .compiled import FAULTS, Carry, Mode, Plan, chunk_length, draw_chunk, play_chunk, start_runs, streams_of
 from .environment import Adversary, Algorithm, Instance, Spec
 from .results import Checkpoints, Result, State
 
@@ -83,7 +83,8 @@ def simulate(
     Raises:
         TypeError: if an argument has the wrong type.
         ValueError: if an argument is out of range, learner, adversary and instance do not suit each other
-            (who may see what), or `resume` belongs to another simulation.
+            (who may see what), `resume` belongs to another simulation, or, found while playing, sigma left
+            [0, 1], a decision set was empty, or an action was played that is not offered.
     """
     if not isinstance(algorithm, Algorithm):
         raise TypeError(
@@ -297,7 +298,14 @@ def collect(
         earlier: checkpoints of the part before, if the simulation was resumed.
         played: numbers of finished rounds of the kept sums, one array for each chunk.
         traces: regret and total variance at those rounds.
+
+    Raises:
+        ValueError: if learner, adversary or instance did what the protocol does not allow.
     """
+    faults = np.asarray(carry.fault)
+    if faults.any():
+        run = int(np.argmax(faults > 0))
+        raise ValueError(f"{FAULTS[faults[run] - 1]}, first in run {run} ({plan.algorithm.name})")
     checkpoints = None
     if plan.traced:
         nothing = np.zeros((0, plan.n_seeds), carry.regret.total.dtype)
