@@ -95,7 +95,7 @@ class Tight:
 TIGHT = {
     "quick": Tight(1000, (4,), 200, {"greedy": 4, "Bayes-UCB": 4}, batches=5),
     "laptop": Tight(4000, (4, 8), 1000, {"greedy": 8, "LinTS": 8, "OFUL": 8, "Bayes-UCB": 8}),
-    "full": Tight(10_000, (12, 64), 1024, {"posterior signs": 64, "LinTS": 64, "Bayes-UCB": 12}),
+    "full": Tight(10_000, (12, 32), 1024, {"posterior signs": 32, "LinTS": 32, "Bayes-UCB": 12}),
 }
 
 

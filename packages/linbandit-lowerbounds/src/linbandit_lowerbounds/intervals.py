@@ -98,7 +98,8 @@ def wilson_interval(successes: int, trials: int, level: float = 0.95) -> Estimat
     share, ratio = successes / trials, z * z / trials
     centre = (share + 0.5 * ratio) / (1.0 + ratio)
     half = z / (1.0 + ratio) * math.sqrt(share * (1.0 - share) / trials + 0.25 * ratio / trials)
-    return Estimate(share, max(0.0, centre - half), min(1.0, centre + half))
+    # At the ends the limit is the share itself, which rounding must not pass.
+    return Estimate(share, min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half)))
 
 
 def slope_interval(
