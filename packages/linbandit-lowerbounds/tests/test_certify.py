@@ -205,6 +205,17 @@ def test_bad_arguments_of_a_sweep_are_named(arguments, message):
         gap_sweep(baselines.random(), **settings)
 
 
+def test_a_family_that_does_not_suit_the_learner_is_refused_before_any_case_is_played():
+    ahead = baselines.random()._replace(needs_sigma="upfront", name="ahead")
+    with pytest.raises(ValueError, match="ahead needs the whole sequence before the first round"):
+        certify(ahead, family=["hypercube", "least_loaded"], key=KEY)
+
+
+def test_the_table_names_the_worst_gap(small):
+    certificate = certify(baselines.random(), family="scaled", key=KEY, n_seeds=8, progress=False)
+    assert "worst gap at d = 2, S = 60: x = 1.25, 1.2" in certificate.table()
+
+
 def test_a_learner_without_a_family_it_can_play_is_refused():
     def init(key, spec):
         raise ValueError("needs listed actions")

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from linbandit_lowerbounds.algorithms.baselines import greedy
 from linbandit_lowerbounds.algorithms.explorers import oful_guard
 from linbandit_lowerbounds.algorithms.oful import oful
 from linbandit_lowerbounds.algorithms.save import save
@@ -35,3 +36,10 @@ def test_wrong_settings_raise_what_the_factory_says():
         oful(lam=np.ones(1))
     with pytest.raises(TypeError, match="oful takes keyword arguments only"):
         oful(0.1)
+
+
+def test_constants_that_are_not_the_defaults_are_in_the_name():
+    assert oful(delta=0.1, lam=2.0).name == "OFUL (delta 0.1, lam 2)"
+    assert save(preset="practical", delta=0.1).name == "SAVE (practical, delta 0.1)"
+    assert greedy(lam=2.0).name == "greedy (lam 2)"
+    assert oful(delta=0.01).name == "OFUL"

@@ -30,7 +30,7 @@ from .families import Case, cases, scaled_case
 from .interop import ObjectLearner, from_object, play_object
 from .intervals import Estimate, bootstrap_interval, mean_interval, slope_interval, wilson_interval
 from .results import Result
-from .simulate import simulate
+from .simulate import adversary_of, match, simulate
 
 CONSISTENT = "consistent with the lower bounds"
 BELOW = "below lower bound"
@@ -119,6 +119,11 @@ class Certificate:
             pairs = zip(line, widths, strict=True)
             aligned = [c.ljust(w) if i in (0, 6) else c.rjust(w) for i, (c, w) in enumerate(pairs)]
             lines.append("  ".join(aligned).rstrip())
+        if self.worst:
+            lines.append("")
+        for row in self.worst:
+            value = _interval(row.regret.over(row.d * math.sqrt(row.S)))
+            lines.append(f"worst gap at d = {row.d}, S = {row.S:.5g}: x = {row.x:g}, {value} d sqrt(S)")
         if self.exponents:
             fits = ", ".join(f"{name}^{_interval(fit)}" for name, fit in self.exponents.items())
             lines += ["", f"regret grows as {fits}"]
@@ -197,6 +202,10 @@ def certify(
     budget = math.inf if budget_s is None else checks.real("budget_s", budget_s, above=0.0)
     chosen = cases(family)
     play = _player(algorithm, key, n_seeds)
+    if isinstance(algorithm, Algorithm):
+        for case in chosen:
+            who = adversary_of(case.instance, case.adversary)
+            match(algorithm, case.instance, who, case.K)
     generator = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
     # An accusation in any of the rows must have probability at most 1 - level.
     shared = 1.0 - (1.0 - level) / len(chosen)

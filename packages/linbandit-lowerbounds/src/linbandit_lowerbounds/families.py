@@ -120,7 +120,7 @@ def peeling_case(sigma: Float[np.ndarray, " K"], d: int) -> Case:
         sigma: standard deviations.
         d: dimension, shared by the occupied groups.
     """
-    kinds = ("theorem", "eq42_sharp", "lemma_sum")
+    kinds = ("theorem", "eq42_sharp", "lemma_sum", "tight_sum")
     bounds = {kind: prefixed_bound(sigma, d, kind=kind) for kind in kinds}
     S = float((np.asarray(sigma, np.float64) ** 2).sum())
     return Case("peeling", PeelingInstance(sigma, d), None, d, len(sigma), S, None, bounds)

@@ -107,7 +107,8 @@ def weak_adversary_bound(
         copies: how many. "paper": ceil(ln(d K)^2), for the paper's construction alone. "tight": enough for
             eta by the constant 1/7 or Q(x). "sharp": by 0.2939 or I(x), which takes fewer; the least-loaded
             bound then has I(x), too.
-        V1: smallest guess of the least-loaded construction, > 0.
+        V1: smallest guess of the least-loaded construction, > 0. With several signs a block mean rewards stay
+            below 1, and the bound above 0, only for V1 >= (block_dim x)^2.
         x: its scaled gap, > 0.
 
     Raises:

@@ -11,12 +11,14 @@ from typing import Any, ParamSpec
 from linbandit_lowerbounds.environment import Algorithm
 
 P = ParamSpec("P")
+_CONSTANTS = ("delta", "lam", "R", "X", "S_theta")
 
 
 def factory(make: Callable[P, Algorithm]) -> Callable[P, Algorithm]:
     """Decorator: equal arguments give the same object, so that a program is compiled once for each setting.
 
-    It also fills in `Algorithm.config`, by which a resumed simulation recognises its learner.
+    It also fills in `Algorithm.config`, by which a resumed simulation recognises its learner, and adds to its
+    name the constants of its confidence radius that are not the defaults.
 
     Args:
         make: a function of keyword arguments that returns an `Algorithm`.
@@ -30,7 +32,13 @@ def factory(make: Callable[P, Algorithm]) -> Callable[P, Algorithm]:
 
     def build(**settings: Any) -> Algorithm:
         config = ", ".join(f"{name}={_described(value)}" for name, value in settings.items())
-        return untyped(**settings)._replace(config=f"{make.__name__}({config})")
+        made = untyped(**settings)
+        changed = {
+            name: settings[name]
+            for name in _CONSTANTS
+            if name in defaults and settings[name] != defaults[name]
+        }
+        return made._replace(config=f"{make.__name__}({config})", name=_noted(made.name, changed))
 
     cached = lru_cache(maxsize=None)(build)
 
@@ -71,6 +79,14 @@ def named(name: str, *, radius_scale: float = 1.0, preset: str = "", **settings:
         if value != default
     ]
     return f"{name} ({', '.join(notes)})" if notes else name
+
+
+def _noted(name: str, constants: dict[str, Any]) -> str:
+    notes = [f"{key} {value:g}" for key, value in constants.items() if f"{key} {value:g}" not in name]
+    if not notes:
+        return name
+    start = f"{name[:-1]}, " if name.endswith(")") else f"{name} ("
+    return f"{start}{', '.join(notes)})"
 
 
 def _described(value: Any) -> str:
