@@ -16,7 +16,6 @@ CHECKED = (
     "hypercube_bound",
     "information",
     "intervals",
-    "lower_bound",
     "peeling",
     "peeling_bound",
     "published_bounds",

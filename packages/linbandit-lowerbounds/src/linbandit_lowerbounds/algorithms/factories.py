@@ -48,6 +48,8 @@ def factory(make: Callable[P, Algorithm]) -> Callable[P, Algorithm]:
             raise TypeError(f"{make.__name__} takes keyword arguments only, got {args!r}")
         # In one order and with the defaults: equal settings are one learner, however they are spelled.
         complete: dict[str, Any] = dict(sorted((defaults | settings).items()))
+        if any(isinstance(value, bool) != isinstance(defaults.get(n), bool) for n, value in complete.items()):
+            return build(**complete)  # True equals 1.0 to the cache; the factory tells them apart
         try:
             return cached(**complete)
         except TypeError:
