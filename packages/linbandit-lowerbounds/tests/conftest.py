@@ -7,9 +7,9 @@ from collections.abc import Iterator
 # speed; whoever sets XLA_FLAGS keeps them.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
-import jax
 import jaxtyping
 import pytest
+from precision import float64
 
 CHECKED = (
     "bounds",
@@ -30,10 +30,7 @@ jaxtyping.install_import_hook([f"linbandit_lowerbounds.{name}" for name in CHECK
 @pytest.fixture
 def x64() -> Iterator[None]:
     """Float64 inside the test."""
-    enable = getattr(jax, "enable_x64", None)
-    if enable is None:  # jax < 0.8
-        from jax.experimental import enable_x64 as enable
-    with enable(True):
+    with float64(True):
         yield
 
 

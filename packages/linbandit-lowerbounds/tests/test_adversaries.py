@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from precision import float64
 from scipy import stats
 
 from linbandit_lowerbounds.adversaries import (
@@ -129,7 +130,7 @@ def test_stop_when_lucky_needs_a_gap():
 
 @pytest.mark.parametrize("enable", [False, True], ids=["float32", "float64"])
 def test_cooperative_adversary_is_silent_exactly_when_something_is_new(enable):
-    with jax.enable_x64(enable):
+    with float64(enable):
         # Contexts of a random subspace of growing dimension: the span fills up in steps.
         rng = np.random.default_rng(3)
         instance = RandomContexts(4, 3, horizon=30)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import reference
 import reference_explorers
+from precision import float64
 from scripted import initial, play, play_reference, script, spec_of
 
 from linbandit_lowerbounds import linalg
@@ -59,7 +60,7 @@ def test_span_explorer_explores_at_most_d_rounds_and_is_right_in_all_others(cont
 
 
 def test_span_explorer_in_float32_agrees_with_float64(contexts):
-    with jax.enable_x64(True):
+    with float64(True):
         _, double, _ = play(EXPLORER, contexts)
     state, single, _ = play(EXPLORER, contexts)
     assert state.values.dtype == jnp.float32

@@ -112,7 +112,9 @@ def test_a_batch_holds_the_runs_of_the_simulator(batch, played):
 
 
 def test_a_batch_starts_anew_in_the_step_after_truncation(batch):
-    assert batch.metadata["autoreset_mode"] == gymnasium.vector.AutoresetMode.NEXT_STEP
+    # gymnasium 1.0 has no enumeration yet, only this meaning.
+    mode = getattr(batch.metadata["autoreset_mode"], "value", batch.metadata["autoreset_mode"])
+    assert mode == "NextStep"
     first, _ = batch.reset(seed=5)
     for _ in range(K):
         *_, truncated, info = batch.step(np.zeros(2, int))

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from precision import float64
 
 from linbandit_lowerbounds import linalg
 from linbandit_lowerbounds.environment import Spec
@@ -119,7 +120,7 @@ def test_a_million_float32_updates_keep_the_inverse_positive_and_accurate():
 
 @pytest.mark.parametrize("enable", [False, True], ids=["float32", "float64"])
 def test_span_follows_the_rank_and_predicts_exactly(enable):
-    with jax.enable_x64(enable):
+    with float64(enable):
         rng = np.random.default_rng(1)
         theta, block = rng.normal(size=5), jnp.asarray(1)
         extend, outside = jax.jit(linalg.extend), jax.jit(linalg.outside)

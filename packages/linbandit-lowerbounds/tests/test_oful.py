@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import reference
 import replay
+from precision import float64
 
 from linbandit_lowerbounds.algorithms.oful import linucb, oful
 from linbandit_lowerbounds.decision_sets import DecisionSet
@@ -89,7 +90,7 @@ def test_oful_without_jit_plays_the_same():
 
 def test_a_million_rounds_in_float32_do_not_drift():
     """P = V^{-1} after 10^6 rank-one updates; V is known exactly from a cycle of contexts."""
-    with jax.enable_x64(False):
+    with float64(False):
         state, lower = replay.million_rounds(oful())
     inverse = state.statistics.inverse[0]
     assert inverse.dtype == np.float32
