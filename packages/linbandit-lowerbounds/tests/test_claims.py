@@ -160,6 +160,7 @@ def test_peeling_bounds_of_zero_decide_nothing(module, claims, monkeypatch):
     assert values(found)["bounds that are 0 here"] == 4 - len(found.criteria)
 
 
+@pytest.mark.slow
 def test_rates_are_fitted_along_d_and_s_and_k(module, claims, monkeypatch):
     tiny = sized(module.RATES, 32, (1, 2), (8, 32), 40, {"greedy": 2})
     monkeypatch.setitem(module.RATES, "quick", tiny)
