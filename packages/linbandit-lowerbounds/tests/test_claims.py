@@ -1,8 +1,6 @@
 """experiments/claims.py declares the claims of the spec, decides by intervals, and holds at tiny sizes."""
 
-import importlib.util
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import pytest
 harness = pytest.importorskip("tenfold_tools.claims", reason="the experiments run in the monorepo's workshop")
 pytest.importorskip("matplotlib", reason="the experiments draw figures")
 
+from tenfold_tools.claims_runner import load_experiments  # noqa: E402
 from tenfold_tools.figures import render  # noqa: E402
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -30,19 +29,8 @@ def without_shape_checks():
 
 @pytest.fixture(scope="module")
 def module():
-    """The file loaded as the runner does: the experiments folder is on the path meanwhile."""
-    before = set(sys.modules)
-    sys.path.insert(0, str(EXPERIMENTS))
-    try:
-        spec = importlib.util.spec_from_file_location("linbandit_claims", EXPERIMENTS / "claims.py")
-        loaded = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(loaded)
-    finally:
-        sys.path.remove(str(EXPERIMENTS))
-        for name in set(sys.modules) - before:
-            if str(EXPERIMENTS) in str(getattr(sys.modules[name], "__file__", None)):
-                del sys.modules[name]
-    return loaded
+    """The file, loaded as the runner does."""
+    return load_experiments(EXPERIMENTS / "claims.py", "linbandit_claims")
 
 
 @pytest.fixture(scope="module")

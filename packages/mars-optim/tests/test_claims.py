@@ -1,7 +1,5 @@
 """experiments/claims.py declares the claims of the spec, and those without chance hold."""
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,23 +7,15 @@ import pytest
 pytest.importorskip("torch", reason="the experiments train torch models")
 harness = pytest.importorskip("tenfold_tools.claims", reason="the experiments run in the monorepo's workshop")
 
+from tenfold_tools.claims_runner import load_experiments  # noqa: E402
+
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
 
 @pytest.fixture(scope="module")
 def claims():
-    """The claims by id, loaded as the runner does: the experiments folder is on the path meanwhile."""
-    before = set(sys.modules)
-    sys.path.insert(0, str(EXPERIMENTS))
-    try:
-        spec = importlib.util.spec_from_file_location("mars_claims", EXPERIMENTS / "claims.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(EXPERIMENTS))
-        for name in set(sys.modules) - before:
-            if str(EXPERIMENTS) in str(getattr(sys.modules[name], "__file__", None)):
-                del sys.modules[name]
+    """The claims by id, loaded as the runner does."""
+    module = load_experiments(EXPERIMENTS / "claims.py", "mars_claims")
     found = [value for value in vars(module).values() if isinstance(value, harness.Claim)]
     return {claim.id: claim for claim in found}
 

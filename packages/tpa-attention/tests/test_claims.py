@@ -1,6 +1,5 @@
 """experiments/claims.py declares the claims of the spec, decides as it says, and the cheap ones hold."""
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the experiments build torch models")
 harness = pytest.importorskip("tenfold_tools.claims", reason="the experiments run in the monorepo's workshop")
 
+from tenfold_tools.claims_runner import load_experiments  # noqa: E402
 from tenfold_tools.figures import render  # noqa: E402
 from tenfold_tools.stats import Estimate  # noqa: E402
 from tpa_attention import accounting  # noqa: E402
@@ -29,19 +29,8 @@ def unchecked():
 
 @pytest.fixture(scope="module")
 def module():
-    """The file loaded as the runner does: the experiments folder is on the path meanwhile."""
-    before = set(sys.modules)
-    sys.path.insert(0, str(EXPERIMENTS))
-    try:
-        spec = importlib.util.spec_from_file_location("tpa_claims", EXPERIMENTS / "claims.py")
-        loaded = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(loaded)
-    finally:
-        sys.path.remove(str(EXPERIMENTS))
-        for name in set(sys.modules) - before:
-            if str(EXPERIMENTS) in str(getattr(sys.modules[name], "__file__", None)):
-                del sys.modules[name]
-    return loaded
+    """The file, loaded as the runner does."""
+    return load_experiments(EXPERIMENTS / "claims.py", "tpa_claims")
 
 
 @pytest.fixture(scope="module")

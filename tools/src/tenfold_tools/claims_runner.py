@@ -167,7 +167,7 @@ def _load_claims(package: workspace.Package, root: Path) -> tuple[Claim, ...]:
     path = _claims_file(package)
     shown = path.relative_to(root).as_posix()
     try:
-        module = _load(path, f"tenfold_experiments_{package.import_name}")
+        module = load_experiments(path, f"tenfold_experiments_{package.import_name}")
     except (Exception, SystemExit) as error:
         raise BadRequest(
             f"{shown} must load: {_where(error, path)}{type(error).__name__}: {error}; "
@@ -196,10 +196,17 @@ def _where(error: BaseException, path: Path) -> str:
     return f"line {lines[-1]}: " if lines else ""
 
 
-def _load(path: Path, name: str) -> ModuleType:
+def load_experiments(path: Path, name: str) -> ModuleType:
     """Imports a file under a name of its own; its neighbours can be imported while it loads.
 
     The neighbours leave sys.modules afterwards: another package may have a neighbour of the same name.
+
+    Args:
+        path: the claims.py of a package, or a neighbour of it.
+        name: what the module is called.
+
+    Raises:
+        ImportError: if it is no Python file.
     """
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
