@@ -46,10 +46,10 @@ class Masked(FixedSet):
 
 @register(arrays=())
 class Loud(Adversary):
-    """Twice as much noise as there may be, from the third round on."""
+    """Twice as much noise as there may be, in the third of four rounds only."""
 
     def choose(self, state, observation, draw):
-        return jnp.where(observation.k < 2, 1.0, 2.0)
+        return jnp.where(observation.k == 2, 2.0, 1.0)
 
 
 def play(algorithm, instance, adversary=NOISE):
@@ -74,7 +74,7 @@ def test_an_empty_decision_set_is_refused():
         play(greedy(), Masked([False, False, False]))
 
 
-def test_a_sigma_outside_the_unit_interval_is_refused():
+def test_a_sigma_outside_the_unit_interval_is_refused_also_when_it_was_one_round_of_many():
     instance = FixedSet(np.eye(3), horizon=4)
     with pytest.raises(ValueError, match=r"adversary chose a sigma outside \[0, 1\]"):
         play(greedy(), instance, Loud())

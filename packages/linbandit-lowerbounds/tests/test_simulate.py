@@ -13,7 +13,7 @@ import pytest
 from linbandit_lowerbounds.adversaries import Prefixed
 from linbandit_lowerbounds.algorithms.oful import linucb, oful
 from linbandit_lowerbounds.compiled import Sum
-from linbandit_lowerbounds.contexts import FixedSet, RandomContexts
+from linbandit_lowerbounds.contexts import FixedSet
 from linbandit_lowerbounds.environment import Adversary, Algorithm, no_draw, register
 from linbandit_lowerbounds.hypercubes import VarianceScaledHypercube
 from linbandit_lowerbounds.results import Result
@@ -22,8 +22,10 @@ from linbandit_lowerbounds.simulate import checkpoint_rounds, simulate
 KEY = jax.random.key(7)
 ROUNDS = 40
 SIGMA = np.linspace(0.1, 1.0, ROUNDS)
-CONTEXTS = RandomContexts(3, 4, horizon=ROUNDS)
-play = partial(simulate, oful(), CONTEXTS, Prefixed(SIGMA), key=KEY, n_seeds=5, progress=False)
+# Actions of different lengths: equal ones would tie in the first round, and rounding decide which is played.
+ACTIONS = np.random.default_rng(0).uniform(-1, 1, (6, 3))
+ARENA = FixedSet(ACTIONS, horizon=ROUNDS)
+play = partial(simulate, oful(), ARENA, Prefixed(SIGMA), key=KEY, n_seeds=5, progress=False)
 
 
 @register(arrays=())
@@ -64,8 +66,7 @@ def plain_loop(instance: FixedSet, seed: int) -> tuple[float, float]:
 
 
 def test_equals_a_plain_loop_on_the_documented_draws(x64):
-    # Actions of different lengths: equal ones would tie in the first round.
-    instance = FixedSet(np.random.default_rng(0).uniform(-1, 1, (6, 3)), horizon=ROUNDS)
+    instance = FixedSet(ACTIONS, horizon=ROUNDS)  # in float64
     result = simulate(oful(), instance, Prefixed(SIGMA), key=KEY, n_seeds=5, progress=False)
     for seed in range(5):
         regret, variance = plain_loop(instance, seed)
@@ -86,7 +87,7 @@ def test_one_key_gives_the_same_result_and_another_key_another():
 
 
 def test_two_learners_meet_the_same_theta():
-    states = [simulate(a, CONTEXTS, Prefixed(SIGMA), key=KEY, n_seeds=5).state for a in (oful(), linucb())]
+    states = [simulate(a, ARENA, Prefixed(SIGMA), key=KEY, n_seeds=5).state for a in (oful(), linucb())]
     np.testing.assert_array_equal(states[0].leaves[0], states[1].leaves[0])
 
 
@@ -95,7 +96,7 @@ def test_the_future_noise_does_not_change_the_past():
     other[20:] = 0.0
     first = play(record="all").checkpoints
     second = simulate(
-        oful(), CONTEXTS, Prefixed(other), key=KEY, n_seeds=5, record="all", progress=False
+        oful(), ARENA, Prefixed(other), key=KEY, n_seeds=5, record="all", progress=False
     ).checkpoints
     np.testing.assert_array_equal(first.regret[:21], second.regret[:21])
     assert not np.array_equal(first.regret[22:], second.regret[22:])
@@ -112,6 +113,20 @@ def test_a_resumed_simulation_equals_an_uninterrupted_one_bit_for_bit(stops, tmp
     assert same(resumed, whole)
     for a, b in zip(resumed.checkpoints, whole.checkpoints, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_the_length_of_chunks_changes_nothing(x64, monkeypatch):
+    instance = FixedSet(ACTIONS, horizon=ROUNDS)  # in float64
+    play_fixed = partial(
+        simulate, oful(), instance, Prefixed(SIGMA), key=KEY, n_seeds=5, record="all", progress=False
+    )
+    whole = play_fixed()
+    monkeypatch.setattr("linbandit_lowerbounds.compiled._CHUNK_ROUNDS", (8, 8))
+    chunked = play_fixed()
+    # Another program for the same rounds: float64 rounding.
+    np.testing.assert_allclose(chunked.checkpoints.regret, whole.checkpoints.regret, atol=1e-11)
+    np.testing.assert_array_equal(chunked.checkpoints.rounds, whole.checkpoints.rounds)
+    assert same(play_fixed(resume=play_fixed(horizon=21)), chunked)
 
 
 def test_resuming_does_not_consume_the_state():
@@ -147,9 +162,9 @@ def test_a_state_of_another_simulation_is_refused(changes):
 def test_a_state_of_another_learner_or_instance_is_refused():
     part = play(horizon=10)
     with pytest.raises(ValueError, match="resume must come from"):
-        simulate(oful(delta=0.02), CONTEXTS, Prefixed(SIGMA), key=KEY, n_seeds=5, resume=part)
+        simulate(oful(delta=0.02), ARENA, Prefixed(SIGMA), key=KEY, n_seeds=5, resume=part)
     with pytest.raises(ValueError, match="resume must come from"):
-        simulate(oful(), CONTEXTS, Prefixed(SIGMA / 2), key=KEY, n_seeds=5, resume=part)
+        simulate(oful(), ARENA, Prefixed(SIGMA / 2), key=KEY, n_seeds=5, resume=part)
 
 
 def test_a_file_that_is_no_result_is_refused(tmp_path):
@@ -187,7 +202,7 @@ def test_a_batch_equals_runs_without_compilation(x64):
 
 
 def test_a_weak_adversary_chooses_from_the_past():
-    result = simulate(oful(), CONTEXTS, HalfAfterTen(), key=KEY, n_seeds=3, record="all", progress=False)
+    result = simulate(oful(), ARENA, HalfAfterTen(), key=KEY, n_seeds=3, record="all", progress=False)
     steps = np.diff(result.checkpoints.variance_sum[:, 0], prepend=0.0)
     np.testing.assert_allclose(steps, [1.0] * 10 + [0.25] * 30, rtol=1e-5)
 
@@ -195,14 +210,14 @@ def test_a_weak_adversary_chooses_from_the_past():
 def test_rounds_with_sigma_zero_are_counted():
     sigma = SIGMA.copy()
     sigma[3:9] = 0.0
-    result = simulate(oful(), CONTEXTS, Prefixed(sigma), key=KEY, n_seeds=2, progress=False)
+    result = simulate(oful(), ARENA, Prefixed(sigma), key=KEY, n_seeds=2, progress=False)
     np.testing.assert_array_equal(result.rounds_stopped, [6, 6])
 
 
 def test_the_certificate_bounds_the_regret_of_an_optimist():
     result = play()
     assert (result.self_certificate >= result.regret).all()
-    assert (result.self_certificate <= 2.0 * ROUNDS).all()
+    assert (result.self_certificate <= float(ARENA.reward_range) * ROUNDS).all()
 
 
 def test_the_instance_brings_its_own_sequence():
@@ -241,7 +256,7 @@ def spy(needs_sigma: str, seen: list) -> Algorithm:
 )
 def test_a_learner_gets_sigma_only_when_it_says_so(needs_sigma, expected):
     seen: list = []
-    simulate(spy(needs_sigma, seen), CONTEXTS, Prefixed(SIGMA), key=KEY, n_seeds=1, horizon=2, progress=False)
+    simulate(spy(needs_sigma, seen), ARENA, Prefixed(SIGMA), key=KEY, n_seeds=1, horizon=2, progress=False)
     assert set(seen) == expected
 
 
@@ -265,13 +280,13 @@ def test_bad_arguments_are_named(unchecked, arguments, message):
 
 def test_bad_pairs_are_refused():
     with pytest.raises(ValueError, match="needs_sigma must be"):
-        simulate(spy("always", []), CONTEXTS, Prefixed(SIGMA), key=KEY, n_seeds=1)
-    with pytest.raises(ValueError, match="adversary must be given: RandomContexts"):
-        simulate(oful(), CONTEXTS, key=KEY, n_seeds=1)
+        simulate(spy("always", []), ARENA, Prefixed(SIGMA), key=KEY, n_seeds=1)
+    with pytest.raises(ValueError, match="adversary must be given: FixedSet"):
+        simulate(oful(), ARENA, key=KEY, n_seeds=1)
     with pytest.raises(ValueError, match="sigma must cover 40 rounds, got 5"):
-        simulate(oful(), CONTEXTS, Prefixed(SIGMA[:5]), key=KEY, n_seeds=1)
+        simulate(oful(), ARENA, Prefixed(SIGMA[:5]), key=KEY, n_seeds=1)
     with pytest.raises(ValueError, match="only a Prefixed adversary"):
-        simulate(spy("upfront", []), CONTEXTS, HalfAfterTen(), key=KEY, n_seeds=1)
+        simulate(spy("upfront", []), ARENA, HalfAfterTen(), key=KEY, n_seeds=1)
     with pytest.raises(ValueError, match=r"2\*\*12 actions"):
         simulate(oful(), VarianceScaledHypercube(SIGMA, 13), key=KEY, n_seeds=1)
 
@@ -295,13 +310,14 @@ from functools import partial
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from linbandit_lowerbounds.adversaries import Prefixed
 from linbandit_lowerbounds.algorithms.oful import oful
-from linbandit_lowerbounds.contexts import RandomContexts
+from linbandit_lowerbounds.contexts import FixedSet
 from linbandit_lowerbounds.simulate import simulate
 
 assert len(jax.devices()) == 2
 spread = NamedSharding(Mesh(np.array(jax.devices()), ("runs",)), PartitionSpec("runs"))
-contexts, noise = RandomContexts(3, 4, horizon=40), Prefixed(np.ones(40))
-play = partial(simulate, oful(), contexts, noise, key=jax.random.key(3))
+actions = np.random.default_rng(0).uniform(-1, 1, (6, 3))
+arena, noise = FixedSet(actions, horizon=40), Prefixed(np.ones(40))
+play = partial(simulate, oful(), arena, noise, key=jax.random.key(3))
 one, two = (play(n_seeds=6, sharding=where) for where in (None, spread))
 np.testing.assert_allclose(one.regret, two.regret, rtol=2e-5)
 part = play(n_seeds=6, sharding=spread, horizon=17)
