@@ -1,0 +1,1 @@
+"""muP and feature diagnostics for flax nnx models with optax (extra `[flax]`)."""

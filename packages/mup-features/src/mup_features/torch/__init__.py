@@ -1,0 +1,1 @@
+"""muP and feature diagnostics for PyTorch models (extra `[torch]`)."""
