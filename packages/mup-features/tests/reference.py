@@ -1,4 +1,4 @@
-"""Float64 NumPy truth of the limits and of the nets that approach them: one step per line, written for reading.
+"""Float64 NumPy truth of the limits and of the nets that approach them, written for reading.
 
 The parts: finite nets trained by SGD (reference_network), the exact limit of deep linear nets
 (reference_identity), the limit of tanh nets on one input (reference_single_input), kernels

@@ -1,8 +1,8 @@
 """The exact limit of deep linear nets under muP (R1), on a Fock space.
 
-With phi = identity every limiting variable of layer l is a combination of Gaussian fields. Name the fields
+With phi = identity every limiting variable of layer layer is a combination of Gaussian fields. Name the fields
 by walks on the layers 0..L+1: a walk starts at an input direction or at an output, steps up by a W^l or down
-by a W^{l T}, and the walk that ends at layer l names a standard normal field on that layer. Fields of
+by a W^{layer T}, and the walk that ends at layer layer names a standard normal field on that layer. Fields of
 different walks are independent. The rule Z^{Wx} = Zhat^{Wx} + Zdot^{Wx} (section c3) says
 
     W (walk) = sigma (walk + step)  +  sigma (walk without its last step, if that was W^T)
@@ -52,34 +52,34 @@ def identity_limit(X, y, eta, depth, steps, *, sigma=1.0, zdot=True):
     V = [defaultdict(float, {(("out", c), depth): sigma}) for c in outputs]
     history = []  # (x_s, b_s) of the steps so far, each {(layer, sample): vector}
     f_all, K_all = [], []
-    for t in range(steps + 1):
+    for _ in range(steps + 1):
         x, b = {}, {}
-        for l in range(1, depth + 1):
+        for layer in range(1, depth + 1):
             for i in samples:
-                if l == 1:
+                if layer == 1:
                     h = defaultdict(float, {(("in", k), 1): sigma * v for k, v in enumerate(X[i])})
                 else:
-                    h = _product(x[l - 1, i], l, sigma, annihilate=zdot)
+                    h = _product(x[layer - 1, i], layer, sigma, annihilate=zdot)
                 for x_s, b_s in history:
                     for j in samples:
-                        overlap = X[j] @ X[i] if l == 1 else _dot(x_s[l - 1, j], x[l - 1, i])
-                        _add(h, b_s[l, j], -eta * overlap)
-                x[l, i] = h
+                        overlap = X[j] @ X[i] if layer == 1 else _dot(x_s[layer - 1, j], x[layer - 1, i])
+                        _add(h, b_s[layer, j], -eta * overlap)
+                x[layer, i] = h
         f = np.array([[_dot(V[c], x[depth, i]) for c in outputs] for i in samples])
         f_all.append(f)
         K_all.append([[_dot(x[depth, i], x[depth, j]) for j in samples] for i in samples])
         chi = f - y
-        for l in range(depth, 0, -1):
+        for layer in range(depth, 0, -1):
             for i in samples:
-                if l == depth:
-                    b[l, i] = defaultdict(float)
+                if layer == depth:
+                    b[layer, i] = defaultdict(float)
                     for c in outputs:
-                        _add(b[l, i], V[c], chi[i, c])
+                        _add(b[layer, i], V[c], chi[i, c])
                 else:
-                    b[l, i] = _product(b[l + 1, i], l, sigma, annihilate=zdot)
+                    b[layer, i] = _product(b[layer + 1, i], layer, sigma, annihilate=zdot)
                     for x_s, b_s in history:
                         for j in samples:
-                            _add(b[l, i], x_s[l, j], -eta * _dot(b_s[l + 1, j], b[l + 1, i]))
+                            _add(b[layer, i], x_s[layer, j], -eta * _dot(b_s[layer + 1, j], b[layer + 1, i]))
         for c in outputs:
             for i in samples:
                 _add(V[c], x[depth, i], -eta * chi[i, c])

@@ -1,13 +1,13 @@
 """A finite multilayer perceptron trained by SGD in the effective parametrization (section c1).
 
-h^1 = W^1 xi, x^l = phi(h^l), h^l = W^l x^{l-1}, f = W^{L+1} x^L; entries of W^l_0 are N(0, var_l) and
+h^1 = W^1 xi, x^l = phi(h^l), h^l = W^l x^{layer-1}, f = W^{L+1} x^L; entries of W^l_0 are N(0, var_l) and
 W^l_{t+1} = W^l_t - rate_l dloss/dW^l. Loss: 1/2 squared error, added over the batch or averaged.
 All weights may carry a leading axis of independent networks.
 """
 
 import numpy as np
 
-# name -> (v_l, e_l) for l = 1 | 2..L | L+1: Var(W^l) = n^-v_l, rate of layer l = eta n^-e_l.
+# name -> (v_l, e_l) for layer = 1 | 2..L | L+1: Var(W^l) = n^-v_l, rate of layer layer = eta n^-e_l.
 PRESETS = {
     "mup": ((0, 1, 2), (-1, 0, 1)),
     "ip": ((0, 2, 2), (-1, 0, 1)),
@@ -26,7 +26,7 @@ def effective(preset, width, depth, eta, sigma=1.0):
 
 
 def draw_weights(rng, variances, width, input_dim, output_dim, networks):
-    """Weights of `networks` independent nets: [S, n, d], then [S, n, n] for each hidden layer, then [S, C, n]."""
+    """Weights of independent nets: [S, n, d], then [S, n, n] for each hidden layer, then [S, C, n]."""
     depth = len(variances) - 1
     shapes = [(width, input_dim)] + [(width, width)] * (depth - 1) + [(output_dim, width)]
     return [np.sqrt(v) * rng.standard_normal((networks, *s)) for v, s in zip(variances, shapes, strict=True)]
@@ -45,7 +45,7 @@ def forward(weights, X, phi):
 
 
 def train_networks(weights, rates, X, y, steps, *, phi, dphi, batches=None, reduction="sum", rates_0=None):
-    """Records of t = 0..steps: f [t, S, N, C], pre and post [t][l] of [S, N, n], b [t][l] of [S, B, n].
+    """Records of t = 0..steps: f [t, S, N, C], pre and post [t][layer] of [S, N, n], b [t][layer] of [S, B, n].
 
     Args:
         weights: from `draw_weights`; not changed.
@@ -72,17 +72,17 @@ def train_networks(weights, rates, X, y, steps, *, phi, dphi, batches=None, redu
             chi = chi / len(index)
         signals = []
         dx = chi @ weights[-1]
-        for l in reversed(range(len(pre))):
-            dh = dx * dphi(pre[l][:, index])
+        for layer in reversed(range(len(pre))):
+            dh = dx * dphi(pre[layer][:, index])
             signals.insert(0, dh)
-            dx = dh @ weights[l]
+            dx = dh @ weights[layer]
         for name, value in (("f", f), ("pre", pre), ("post", post), ("b", [width * s for s in signals])):
             record[name].append(value)
         if t == steps:
             break
         below = [np.broadcast_to(X, (len(f), *X.shape)), *post]
-        for l, error in enumerate([*signals, chi]):
-            rate = (rates if t or rates_0 is None else rates_0)[l]
-            weights[l] -= rate * error.swapaxes(-1, -2) @ below[l][:, index]
+        for layer, error in enumerate([*signals, chi]):
+            rate = (rates if t or rates_0 is None else rates_0)[layer]
+            weights[layer] -= rate * error.swapaxes(-1, -2) @ below[layer][:, index]
     record["f"] = np.stack(record["f"])
     return record

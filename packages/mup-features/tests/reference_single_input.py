@@ -38,21 +38,21 @@ def one_layer(y, eta, steps, phi, dphi):
 def single_input_limit(y, eta, depth, phi, dphi):
     """f_1 and, of the last layer, E[x_1^2] and E[x_1 x_0]."""
     chi = -y  # f_0 = 0
-    # t = 0. q[l] = E[(x^l_0)^2]; p[l] = E[(b^l_0)^2], backwards from b^L = V_0 chi phi'(h^L).
+    # t = 0. q[layer] = E[(x^l_0)^2]; p[layer] = E[(b^l_0)^2], backwards from b^L = V_0 chi phi'(h^L).
     (z,), w = gaussian_grid(1)
     q = [1.0]
     for _ in range(depth):
         q.append(np.sum(w * phi(np.sqrt(q[-1]) * z) ** 2))
     p = [None] * depth + [chi**2 * np.sum(w * dphi(np.sqrt(q[depth - 1]) * z) ** 2)]
-    for l in range(depth - 1, 0, -1):
-        p[l] = p[l + 1] * np.sum(w * dphi(np.sqrt(q[l - 1]) * z) ** 2)
+    for layer in range(depth - 1, 0, -1):
+        p[layer] = p[layer + 1] * np.sum(w * dphi(np.sqrt(q[layer - 1]) * z) ** 2)
     # t = 1, layer by layer. q01, q11: E[x_0 x_1], E[x_1^2] of the layer below; response: E[dx_1/dv_0] there.
     (z0, z1, zv), w = gaussian_grid(3)
     q01, q11, response = 1.0, 1.0, 0.0
-    for l in range(1, depth + 1):
-        u0 = np.sqrt(q[l - 1]) * z0
-        u1 = q01 / np.sqrt(q[l - 1]) * z0 + np.sqrt(max(q11 - q01**2 / q[l - 1], 0.0)) * z1
-        v0 = zv * chi if l == depth else np.sqrt(p[l + 1]) * zv
+    for layer in range(1, depth + 1):
+        u0 = np.sqrt(q[layer - 1]) * z0
+        u1 = q01 / np.sqrt(q[layer - 1]) * z0 + np.sqrt(max(q11 - q01**2 / q[layer - 1], 0.0)) * z1
+        v0 = zv * chi if layer == depth else np.sqrt(p[layer + 1]) * zv
         b0 = v0 * dphi(u0)
         x0 = phi(u0)
         x1 = phi(u1 + b0 * (response - eta * q01))

@@ -96,16 +96,16 @@ def test_gradients_of_the_finite_net_are_those_of_finite_differences(preset):
 
     f0, f1 = outputs(weights)
     moved = []
-    for l, W in enumerate(weights):
+    for layer, W in enumerate(weights):
         gradient = np.empty_like(W)
         for index in np.ndindex(*W.shape):
             values = []
             for sign in (1, -1):
                 shifted = [w.copy() for w in weights]
-                shifted[l][index] += sign * 1e-6
+                shifted[layer][index] += sign * 1e-6
                 values.append(0.5 * np.sum((outputs(shifted)[0] - Y2) ** 2))
             gradient[index] = (values[0] - values[1]) / 2e-6
-        moved.append(W - rates[l] * gradient)
+        moved.append(W - rates[layer] * gradient)
     # Central differences with step 1e-6: 1e-10 relative to values of order one.
     np.testing.assert_allclose(outputs(moved)[0], f1, atol=1e-7)
     assert np.abs(f1 - f0).max() > 1e-5
