@@ -1,8 +1,8 @@
 """The exact limit of deep linear nets under muP (R1), on a Fock space.
 
-With phi = identity every limiting variable of layer layer is a combination of Gaussian fields. Name the fields
+With phi = identity every limiting variable of layer l is a combination of Gaussian fields. Name fields
 by walks on the layers 0..L+1: a walk starts at an input direction or at an output, steps up by a W^l or down
-by a W^{layer T}, and the walk that ends at layer layer names a standard normal field on that layer. Fields of
+by a W^{l T}, and the walk that ends at layer l names a standard normal field on that layer. Fields of
 different walks are independent. The rule Z^{Wx} = Zhat^{Wx} + Zdot^{Wx} (section c3) says
 
     W (walk) = sigma (walk + step)  +  sigma (walk without its last step, if that was W^T)

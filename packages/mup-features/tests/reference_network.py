@@ -1,13 +1,13 @@
 """A finite multilayer perceptron trained by SGD in the effective parametrization (section c1).
 
-h^1 = W^1 xi, x^l = phi(h^l), h^l = W^l x^{layer-1}, f = W^{L+1} x^L; entries of W^l_0 are N(0, var_l) and
+h^1 = W^1 xi, x^l = phi(h^l), h^l = W^l x^{l-1}, f = W^{L+1} x^L; entries of W^l_0 are N(0, var_l) and
 W^l_{t+1} = W^l_t - rate_l dloss/dW^l. Loss: 1/2 squared error, added over the batch or averaged.
 All weights may carry a leading axis of independent networks.
 """
 
 import numpy as np
 
-# name -> (v_l, e_l) for layer = 1 | 2..L | L+1: Var(W^l) = n^-v_l, rate of layer layer = eta n^-e_l.
+# name -> (v_l, e_l) for l = 1 | 2..L | L+1: Var(W^l) = n^-v_l, rate of layer l = eta n^-e_l.
 PRESETS = {
     "mup": ((0, 1, 2), (-1, 0, 1)),
     "ip": ((0, 2, 2), (-1, 0, 1)),
@@ -45,7 +45,7 @@ def forward(weights, X, phi):
 
 
 def train_networks(weights, rates, X, y, steps, *, phi, dphi, batches=None, reduction="sum", rates_0=None):
-    """Records of t = 0..steps: f [t, S, N, C], pre and post [t][layer] of [S, N, n], b [t][layer] of [S, B, n].
+    """Records of t = 0..steps: f [t, S, N, C], pre, post [t][layer] [S, N, n], b [t][layer] [S, B, n].
 
     Args:
         weights: from `draw_weights`; not changed.
