@@ -1,0 +1,235 @@
+"""The product of an infinite random matrix with any vector of a layer, by orthonormal bases.
+
+For W, from population a (layer l-1) to population b (layer l), four sets of columns are kept: QX on a and QY
+on b, orthonormal bases of the vectors that W and its transpose have met; GX on b and GY on a, the standard
+normal fields "W q" and "W^T q". With c = <QX, x> and the rest r of x outside the basis,
+
+    W x = sum_k c_k GX_k + |r| g + sum_m QY_m <x, GY_m>,     g a fresh field for r / |r|.
+
+The first two terms are the Gaussian part Zhat; the last is Zdot, by Stein's lemma: x depends on the fields GY
+through the products W^T y made before, and <x, GY_m> is the mean derivative. No derivative is formed and,
+because QY is orthonormal, nothing is ill conditioned. The transpose is the mirror image.
+
+Learned parts live in the same bases: W_t = w W_0 - QY A QX^T with a small matrix A, because gradients of W are
+sums of b x^T with b in the span of QY and x in that of QX. History needs no storage of its own.
+
+Source: Yang 2020 (arXiv 2009.10685, the Z^{Wx} rules); spec section c4.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .fields import Columns, inverse_transpose, mean_products
+
+ROUND = 1e-6
+"""A round of orthonormalisation takes directions down to this share of the largest: it loses as many digits."""
+
+__all__ = ["Basis", "Matrix", "Product", "empty_basis", "grown", "product", "record_update"]
+
+
+class Basis(NamedTuple):
+    """One side of a matrix: an orthonormal basis and what the matrix makes of it. Unused columns are zero.
+
+    Attributes:
+        q: [M, capacity], orthonormal columns on the population of the argument.
+        g: [M, capacity], standard normal fields on the population of the result.
+        rank: columns in use.
+    """
+
+    q: Columns
+    g: Columns
+    rank: int
+
+
+class Matrix(NamedTuple):
+    """A matrix during training, W_t = scale * W_0 - QY learned QX^T.
+
+    Attributes:
+        x: the side of W (arguments on layer l-1, results on layer l).
+        y: the side of the transpose.
+        learned: [capacity of y, capacity of x], A above.
+        velocity: momentum of `learned`, of the same shape.
+        scale: w above; 1 without weight decay, 0 where the initial matrix has vanished (IP).
+    """
+
+    x: Basis
+    y: Basis
+    learned: Float[Array, "y x"]
+    velocity: Float[Array, "y x"]
+    scale: float
+
+
+class Product(NamedTuple):
+    """What a product leaves behind.
+
+    Attributes:
+        value: [M, B], W x.
+        coefficients: [capacity, B], x in the basis; complete only if the basis was extended.
+        basis: the side of the matrix after the product.
+    """
+
+    value: Columns
+    coefficients: Float[Array, "capacity batch"]
+    basis: Basis
+
+
+def empty_basis(like_argument: Columns, like_result: Columns, capacity: int) -> Basis:
+    """A basis without directions, laid out over devices as the populations are."""
+
+    def zeros(like: Columns) -> Columns:
+        return jnp.zeros_like(like, shape=(like.shape[0], capacity), device=like.sharding)
+
+    return Basis(zeros(like_argument), zeros(like_result), 0)
+
+
+def grown(matrix: Matrix, columns: int) -> Matrix:
+    """The matrix with room for that many more directions on both sides, at least half as many again as before.
+
+    Room grows in few, large steps: each new shape is compiled anew.
+    """
+    sides = []
+    for basis in (matrix.x, matrix.y):
+        room, needed = basis.q.shape[1], basis.rank + columns
+        if needed > room:
+            more = -(-max(needed, room + room // 2) // 64) * 64 - room
+            basis = Basis(_padded(basis.q, room + more), _padded(basis.g, room + more), basis.rank)
+        sides.append(basis)
+    shape = (sides[1].q.shape[1], sides[0].q.shape[1])
+    missing = [(0, new - old) for new, old in zip(shape, matrix.learned.shape, strict=True)]
+    return Matrix(*sides, jnp.pad(matrix.learned, missing), jnp.pad(matrix.velocity, missing), matrix.scale)
+
+
+def product(
+    matrix: Matrix,
+    x: Columns,
+    *,
+    transpose: bool,
+    fresh: Callable[[int, Columns], Columns],
+    tol: float,
+    extend: bool,
+) -> Product:
+    """W x, or W^T x.
+
+    Args:
+        matrix: the matrix.
+        x: [M, B] on the population of the argument.
+        transpose: whether W^T is meant.
+        fresh: gives that many fresh fields on the population of the result, beside those of this side.
+        tol: directions shorter than this, relative to x, are dropped.
+        extend: whether the basis keeps the new directions. Without, the product is that of an onlooker: it has
+            the right law, and the matrix does not remember it.
+    """
+    near, far = (matrix.y, matrix.x) if transpose else (matrix.x, matrix.y)
+    learned = matrix.learned if transpose else matrix.learned.T
+    value, coefficients, rest = _known(near.q, near.g, far.q, far.g, learned, matrix.scale, x)
+    if matrix.scale == 0.0 and not extend:
+        return Product(value, coefficients, near)
+    norms = jnp.sqrt(jnp.mean(x * x, axis=0))
+    done = 0
+    width = x.shape[1]
+    temporary: tuple[Columns, ...] = ()
+    while done < width:
+        found, directions, rest = _directions(near.q, temporary, rest, norms, tol)
+        count = int(found)
+        if count == 0:
+            break
+        done += count
+        fields = fresh(count, near.g) if matrix.scale else jnp.zeros_like(directions[:, :count])
+        fields = _padded(fields, width)
+        value, coefficients = _add_new(value, coefficients, x, directions, fields, matrix.scale, near.rank)
+        if extend:
+            near = _append(near, directions, fields, count)
+        else:
+            temporary = (*temporary, directions)
+    return Product(value, coefficients, near)
+
+
+@jax.jit
+def _known(q, g, far_q, far_g, learned, scale, x):
+    """The part of the product within the basis, x in the basis, and what of x lies outside.
+
+    Twice is enough: the second projection removes what rounding left of the first (Kahan and Parlett).
+    """
+    coefficients = mean_products(q, x)
+    rest = x - q @ coefficients
+    again = mean_products(q, rest)
+    rest = rest - q @ again
+    coefficients = coefficients + again
+    response = scale * mean_products(far_g, x) - learned.T @ coefficients
+    return scale * (g @ coefficients) + far_q @ response, coefficients, rest
+
+
+@jax.jit
+def _directions(q, temporary, rest, norms, tol):
+    """Orthonormal directions of the rest, the longest first, and what is still outside.
+
+    Eigenvectors of the Gram matrix of the relative rests: no order of the samples is preferred. Directions
+    shorter than ROUND times the longest wait for the next round, where they no longer drown in its rounding.
+    """
+    relative = rest / jnp.where(norms > 0, norms, 1.0)
+    squares, vectors = jnp.linalg.eigh(mean_products(relative, relative))
+    squares, vectors = squares[::-1], vectors[:, ::-1]
+    # The sign of an eigenvector is free; the largest entry positive does not depend on the order of samples.
+    largest = jnp.argmax(jnp.abs(vectors), axis=0)
+    vectors = vectors * jnp.sign(jnp.take_along_axis(vectors, largest[None], axis=0))
+    taken = squares > jnp.maximum(tol**2, ROUND**2 * squares[0])
+    new = relative @ (vectors * jnp.where(taken, 1.0 / jnp.sqrt(jnp.where(taken, squares, 1.0)), 0.0))
+    for _ in range(2):
+        for columns in (q, *temporary):
+            new = new - columns @ mean_products(columns, new)
+        gram = mean_products(new, new) + jnp.diag(jnp.where(taken, 0.0, 1.0))
+        lower = jnp.linalg.cholesky(gram)
+        new = new @ inverse_transpose(lower)
+    new = jnp.where(taken, new, 0.0)
+    for _ in range(2):
+        rest = rest - new @ mean_products(new, rest)
+    return jnp.sum(taken), new, rest
+
+
+@jax.jit
+def _add_new(value, coefficients, x, directions, fields, scale, rank):
+    """Add the new directions' part to the product; their coefficients go to rows `rank` and below."""
+    along = mean_products(directions, x)
+    room = coefficients.shape[0]
+    rows = jnp.where(rank + jnp.arange(along.shape[0]) < room, rank + jnp.arange(along.shape[0]), room)
+    coefficients = coefficients.at[rows].add(along, mode="drop")
+    return value + scale * (fields @ along), coefficients
+
+
+def _padded(columns: Columns, width: int) -> Columns:
+    missing = width - columns.shape[1]
+    return jnp.pad(columns, ((0, 0), (0, missing))) if missing else columns
+
+
+def _append(basis: Basis, directions: Columns, fields: Columns, count: int) -> Basis:
+    """The basis with new columns behind those in use; zero columns beyond `count` are overwritten later."""
+    q, g = _write(basis.q, basis.g, directions, fields, basis.rank)
+    return Basis(q, g, basis.rank + count)
+
+
+@partial(jax.jit, donate_argnums=(0, 1))
+def _write(q, g, directions, fields, rank):
+    start = (jnp.int32(0), jnp.asarray(rank, jnp.int32))
+    return jax.lax.dynamic_update_slice(q, directions, start), jax.lax.dynamic_update_slice(g, fields, start)
+
+
+@jax.jit
+def record_update(learned, velocity, y, x, lr, momentum, shrink):
+    """The learned part after a step with gradient sum_i b(i) x(i)^T, given in the bases.
+
+    Args:
+        learned: A before the step.
+        velocity: its momentum.
+        y: [capacity, B], b in the basis QY.
+        x: [capacity, B], the layer's input in the basis QX.
+        lr: rate of the step.
+        momentum: decay of the velocity, 0 for plain SGD.
+        shrink: 1 - lr * weight decay.
+    """
+    velocity = momentum * velocity + y @ x.T
+    return shrink * learned + lr * velocity, velocity

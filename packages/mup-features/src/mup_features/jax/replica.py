@@ -1,0 +1,335 @@
+"""One replica of the infinite-width network: its populations, their signals, and one step of SGD.
+
+Order within step t (spec section c4): forward through layers 1 to L, each with the products W^T b of earlier
+steps in view; outputs and loss gradient; backward through layers L to 2, each with the forward products of
+the same step in view (that is the s = t term of Zdot, which vanishes at t = 0 only); then the updates.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .activations import Elementwise
+from .fields import Columns, FieldSource, match_moments, mean_products
+from .products import Matrix, empty_basis, grown, product, record_update
+
+__all__ = [
+    "Backward",
+    "Fresh",
+    "Layers",
+    "RankError",
+    "Replica",
+    "Signals",
+    "Step",
+    "backward",
+    "forward",
+    "new_replica",
+    "outputs",
+    "updated",
+]
+
+
+class Layers(NamedTuple):
+    """What all steps of a run share.
+
+    Attributes:
+        depth: L, hidden layers.
+        phi: activation of each hidden layer.
+        dphi: their derivatives.
+        sigma: standard deviations of the entries of W^1 .. W^{L+1} without their width factors.
+        tol: directions shorter than this, relative to the vector, are dropped.
+        max_rank: largest rank of a basis; None for no bound but memory.
+        match: whether fields are moment matched.
+        initial_products: whether W_0 of layers 2..L acts at all (not under IP, where it vanishes).
+    """
+
+    depth: int
+    phi: tuple[Elementwise, ...]
+    dphi: tuple[Elementwise, ...]
+    sigma: tuple[float, ...]
+    tol: float
+    max_rank: int | None
+    match: bool
+    initial_products: bool
+
+
+class Replica(NamedTuple):
+    """State of one replica between two steps; a pytree of arrays and numbers.
+
+    Attributes:
+        first: [M, d'], W^1_t over an orthonormal basis of the inputs' span, on population 1.
+        first_fields: W^1_0 / sigma, the fields.
+        first_velocity: momentum of W^1.
+        readout: [M, C], V_t = n W^{L+1}_t, on population L.
+        readout_fields: V_0 / sigma.
+        readout_velocity: momentum of V.
+        matrices: W^2 .. W^L.
+        fields_used: fields drawn on each population so far.
+    """
+
+    first: Columns
+    first_fields: Columns
+    first_velocity: Columns
+    readout: Columns
+    readout_fields: Columns
+    readout_velocity: Columns
+    matrices: tuple[Matrix, ...]
+    fields_used: tuple[int, ...]
+
+
+class Signals(NamedTuple):
+    """Columns of one pass, for a set of inputs.
+
+    Attributes:
+        h: pre-activations of layers 1..L, [M, B] each.
+        x: features.
+        coefficients: x^{l-1} in the basis of W^l, for l = 2..L.
+    """
+
+    h: tuple[Columns, ...]
+    x: tuple[Columns, ...]
+    coefficients: tuple[Float[Array, "capacity batch"], ...]
+
+
+class Backward(NamedTuple):
+    """Backward signals b^1 .. b^L, [M, B] each, and b^l in the basis of W^l transposed, for l = 2..L."""
+
+    b: tuple[Columns, ...]
+    coefficients: tuple[Float[Array, "capacity batch"], ...]
+
+
+def new_replica(
+    layers: Layers, sources: tuple[FieldSource, ...], inputs: int, outputs: int, capacity: int
+) -> Replica:
+    """A replica before training. V_0 and W^1 get the first Sobol dimensions, which are the best."""
+    fields: list[Columns] = [jnp.zeros((0, 0))] * layers.depth
+    used = [0] * layers.depth
+    parts = {"first": (0, inputs), "readout": (layers.depth - 1, outputs)}
+    drawn = {}
+    for name in ("readout", "first"):
+        population, count = parts[name]
+        new = sources[population].draw(used[population], count)
+        if layers.match:
+            earlier = (fields[population],) if used[population] else ()
+            new = match_moments(new, earlier)
+        fields[population], drawn[name] = new, new
+        used[population] += count
+    scale = 1.0 if layers.initial_products else 0.0
+    like = [source.draw(0, 1) for source in sources]
+    matrices = tuple(
+        Matrix(
+            empty_basis(like[l - 1], like[l], capacity),
+            empty_basis(like[l], like[l - 1], capacity),
+            jnp.zeros((capacity, capacity)),
+            jnp.zeros((capacity, capacity)),
+            scale,
+        )
+        for l in range(1, layers.depth)
+    )
+    first, readout = layers.sigma[0] * drawn["first"], layers.sigma[-1] * drawn["readout"]
+    return Replica(
+        first,
+        drawn["first"],
+        jnp.zeros_like(first),
+        readout,
+        drawn["readout"],
+        jnp.zeros_like(readout),
+        matrices,
+        tuple(used),
+    )
+
+
+class Fresh:
+    """Draws fields on the populations of a replica during one pass, orthonormal to all that are there.
+
+    Attributes:
+        used: fields drawn on each population so far.
+    """
+
+    def __init__(self, layers: Layers, sources: tuple[FieldSource, ...], replica: Replica) -> None:
+        self._layers, self._sources = layers, sources
+        self._onlookers: list[tuple[Columns, ...]] = [()] * layers.depth
+        self.used = list(replica.fields_used)
+
+    def on(self, layer: int, others: tuple[Columns, ...], keep: bool) -> Callable[[int, Columns], Columns]:
+        """A function that draws fields on the population of a layer (0-based) beside those given."""
+
+        def draw(count: int, known: Columns) -> Columns:
+            new = self._sources[layer].draw(self.used[layer], count)
+            if self._layers.match:
+                new = match_moments(new, (*others, known, *self._onlookers[layer]))
+            self.used[layer] += count
+            if not keep:
+                self._onlookers[layer] = (*self._onlookers[layer], new)
+            return new
+
+        return draw
+
+
+def forward(
+    layers: Layers,
+    replica: Replica,
+    coordinates: Float[Array, "inputs batch"],
+    fresh: Fresh,
+    *,
+    keep: bool,
+) -> tuple[Signals, Replica]:
+    """Signals of a set of inputs, given in the basis of the inputs' span, at the current weights.
+
+    Args:
+        layers: what all steps share.
+        replica: the state.
+        coordinates: [d', B].
+        fresh: where new fields come from.
+        keep: whether the matrices remember the products; not for inputs that are only looked at.
+
+    Raises:
+        RankError: if a basis would exceed `max_rank`.
+    """
+    matrices = list(replica.matrices)
+    h = [_first_layer(replica.first, coordinates)]
+    x = [layers.phi[0](h[0])]
+    coefficients = []
+    for l in range(1, layers.depth):
+        if keep:
+            matrices[l - 1] = grown(matrices[l - 1], 2 * x[-1].shape[1])
+        made = product(
+            matrices[l - 1],
+            x[-1],
+            transpose=False,
+            fresh=fresh.on(l, _other_fields(layers, replica, matrices, l, l - 1), keep),
+            tol=layers.tol,
+            extend=keep,
+        )
+        matrices[l - 1] = matrices[l - 1]._replace(x=made.basis)
+        _check_rank(layers, made.basis.rank, l)
+        coefficients.append(made.coefficients)
+        h.append(made.value)
+        x.append(layers.phi[l](made.value))
+    replica = replica._replace(matrices=tuple(matrices))
+    if keep:
+        replica = replica._replace(fields_used=tuple(fresh.used))
+    return Signals(tuple(h), tuple(x), tuple(coefficients)), replica
+
+
+def backward(
+    layers: Layers,
+    replica: Replica,
+    signals: Signals,
+    chi: Float[Array, "batch outputs"],
+    fresh: Fresh,
+) -> tuple[Backward, Replica]:
+    """Backward signals of the batch whose forward products were just made; chi is absorbed in them.
+
+    Raises:
+        RankError: if a basis would exceed `max_rank`.
+    """
+    matrices = list(replica.matrices)
+    last = layers.depth - 1
+    b = [_through(layers.dphi[last], replica.readout @ chi.T, signals.h[last])]
+    coefficients = []
+    for l in range(last, 0, -1):
+        made = product(
+            matrices[l - 1],
+            b[0],
+            transpose=True,
+            fresh=fresh.on(l - 1, _other_fields(layers, replica, matrices, l - 1, l - 1), True),
+            tol=layers.tol,
+            extend=True,
+        )
+        matrices[l - 1] = matrices[l - 1]._replace(y=made.basis)
+        _check_rank(layers, made.basis.rank, l)
+        coefficients.insert(0, made.coefficients)
+        b.insert(0, _through(layers.dphi[l - 1], made.value, signals.h[l - 1]))
+    replica = replica._replace(matrices=tuple(matrices), fields_used=tuple(fresh.used))
+    return Backward(tuple(b), tuple(coefficients)), replica
+
+
+class RankError(ArithmeticError):
+    """A basis needs more directions than `max_rank`."""
+
+
+class Step(NamedTuple):
+    """Rate, momentum and weight decay of one step."""
+
+    lr: float
+    momentum: float
+    weight_decay: float
+
+
+def updated(
+    replica: Replica,
+    coordinates: Float[Array, "inputs batch"],
+    signals: Signals,
+    back: Backward,
+    chi: Float[Array, "batch outputs"],
+    step: Step,
+) -> Replica:
+    """The replica after one step of SGD: torch's momentum and coupled weight decay."""
+    lr, momentum, decay = step
+    shrink = 1.0 - lr * decay
+    first, first_velocity = _moved(
+        replica.first, replica.first_velocity, back.b[0] @ coordinates.T, lr, momentum, shrink
+    )
+    readout, readout_velocity = _moved(
+        replica.readout, replica.readout_velocity, signals.x[-1] @ chi, lr, momentum, shrink
+    )
+    matrices = []
+    for matrix, y, x in zip(replica.matrices, back.coefficients, signals.coefficients, strict=True):
+        learned, velocity = record_update(matrix.learned, matrix.velocity, y, x, lr, momentum, shrink)
+        matrices.append(matrix._replace(learned=learned, velocity=velocity, scale=matrix.scale * shrink))
+    return replica._replace(
+        first=first,
+        first_velocity=first_velocity,
+        readout=readout,
+        readout_velocity=readout_velocity,
+        matrices=tuple(matrices),
+    )
+
+
+def outputs(replica: Replica, signals: Signals) -> Float[Array, "batch outputs"]:
+    """f_t = <V_t, x^L_t>."""
+    return mean_products(signals.x[-1], replica.readout)
+
+
+def _other_fields(
+    layers: Layers, replica: Replica, matrices: list[Matrix], layer: int, without: int
+) -> tuple[Columns, ...]:
+    """Fields on the population of a layer (0-based), those that belong to the matrix `without` left out."""
+    fields = []
+    if layer == 0:
+        fields.append(replica.first_fields)
+    if layer == layers.depth - 1:
+        fields.append(replica.readout_fields)
+    if layer > 0 and layer - 1 != without:
+        fields.append(matrices[layer - 1].x.g)
+    if layer < layers.depth - 1 and layer != without:
+        fields.append(matrices[layer].y.g)
+    return tuple(fields)
+
+
+def _check_rank(layers: Layers, rank: int, layer: int) -> None:
+    if layers.max_rank is not None and rank > layers.max_rank:
+        raise RankError(
+            f"W^{layer + 1} has met {rank} directions, more than max_rank={layers.max_rank}; raise max_rank or tol"
+        )
+
+
+@jax.jit
+def _first_layer(first: Columns, coordinates: Float[Array, "inputs batch"]) -> Columns:
+    return first @ coordinates
+
+
+@partial(jax.jit, static_argnums=0)
+def _through(dphi: Elementwise, dx: Columns, h: Columns) -> Columns:
+    return dx * dphi(h)
+
+
+@jax.jit
+def _moved(weight, velocity, gradient, lr, momentum, shrink):
+    velocity = momentum * velocity + gradient
+    return shrink * weight - lr * velocity, velocity
