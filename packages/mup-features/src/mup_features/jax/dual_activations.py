@@ -48,9 +48,9 @@ def dual(activation: str | Elementwise | Activation, points: int = POINTS) -> Du
 
     Args:
         activation: a name, or an elementwise function that jax can differentiate.
-        points: points per axis of the trapezoidal rule; unused where there is a closed form. The error is about
-            exp(-2 pi p / h) with h = 18.4 sqrt(a) / (points - 1) and p the distance of the pole nearest to
-            the real axis (pi / 2 for tanh). Functions with a kink converge only like h^2.
+        points: points per axis of the trapezoidal rule; unused where there is a closed form. The error is
+            about exp(-2 pi p / h) with h = 18.4 sqrt(a) / (points - 1) and p the distance of the pole nearest
+            to the real axis (pi / 2 for tanh). Functions with a kink converge only like h^2.
     """
     known = activation if isinstance(activation, Activation) else resolve(activation)
     if has_closed_form(known):
@@ -90,8 +90,12 @@ def expectation(
     def _(primals, tangents):
         a, b, c = primals
         mixed = expectation(_derivative(f), _derivative(g), points)(a, b, c)
-        left = _in_variance(f, g, a, expectation(_euler(f), g, points)(a, b, c) - c * mixed, (a, b, c), points)
-        right = _in_variance(g, f, b, expectation(_euler(g), f, points)(b, a, c) - c * mixed, (b, a, c), points)
+        left = _in_variance(
+            f, g, a, expectation(_euler(f), g, points)(a, b, c) - c * mixed, (a, b, c), points
+        )
+        right = _in_variance(
+            g, f, b, expectation(_euler(g), f, points)(b, a, c) - c * mixed, (b, a, c), points
+        )
         return value(a, b, c), left * tangents[0] + right * tangents[1] + mixed * tangents[2]
 
     return value
@@ -128,13 +132,14 @@ def _euler(f: Elementwise) -> Elementwise:
 def _angle(a: Scalars, b: Scalars, c: Scalars) -> tuple[Scalars, Scalars, Scalars, Scalars]:
     """sqrt(a b), cosine, sine and angle between u and v.
 
-    Where |cosine| = 1 the derivatives of sine and angle are infinite; set to zero they leave the derivative of
-    sin t + (pi - t) cos t in cos t, in which they cancel, exact. The same for a variable that is zero.
+    Where |cosine| = 1 the derivatives of sine and angle are infinite; set to zero they leave the derivative
+    of sin t + (pi - t) cos t in cos t, in which they cancel, exact. The same for a variable that is zero.
     """
     product = a * b
     moving = product > 0
     root = jnp.where(moving, jnp.sqrt(jnp.where(moving, product, 1)), 0)
-    cosine = jnp.clip(jnp.where(moving, c / jnp.where(moving, root, 1), 0), -1, 1)
+    ratio = jnp.where(moving, c / jnp.where(moving, root, 1), 0)
+    cosine = ratio + jax.lax.stop_gradient(jnp.clip(ratio, -1, 1) - ratio)  # clip halves slopes at its ends
     apart = jnp.abs(cosine) < 1
     inner = jnp.where(apart, cosine, 0)
     sine = jnp.where(apart, jnp.sqrt((1 - inner) * (1 + inner)), 0)
@@ -143,7 +148,7 @@ def _angle(a: Scalars, b: Scalars, c: Scalars) -> tuple[Scalars, Scalars, Scalar
 
 
 def _leaky(slope: float) -> Dual:
-    """phi = x for x > 0, slope x below: ReLU (0), leaky ReLU (0.01), abs (-1)."""
+    """Phi = x for x > 0, slope x below: ReLU (0), leaky ReLU (0.01), abs (-1)."""
 
     def closed(a: Scalars, b: Scalars, c: Scalars) -> tuple[Scalars, Scalars]:
         root, cosine, sine, angle = _angle(a, b, c)
@@ -156,7 +161,7 @@ def _leaky(slope: float) -> Dual:
     return closed
 
 
-def _identity(a: Scalars, b: Scalars, c: Scalars) -> tuple[Scalars, Scalars]:
+def _identity(_a: Scalars, _b: Scalars, c: Scalars) -> tuple[Scalars, Scalars]:
     return c, jnp.ones_like(c)
 
 
@@ -180,7 +185,7 @@ def _cos(a: Scalars, b: Scalars, c: Scalars) -> tuple[Scalars, Scalars]:
 
 
 def _gelu(a: Scalars, b: Scalars, c: Scalars) -> tuple[Scalars, Scalars]:
-    """phi(x) = x Phi(x), by Stein's lemma applied twice; `both` is E[Phi(u) Phi(v)], `density` E[Phi' Phi']."""
+    """phi(x) = x Phi(x), by Stein's lemma used twice; `both` is E[Phi(u) Phi(v)], `density` E[Phi' Phi']."""
     scale = (1 + a) * (1 + b)
     both = 0.25 + jnp.arcsin(c / jnp.sqrt(scale)) / (2 * math.pi)
     determinant = scale - c**2

@@ -1,9 +1,10 @@
 """Kernels of infinitely wide nets and gradient descent with them.
 
 K^0 = xi . xi', K^l = w_std^2 E[phi(u) phi(v)] + b_std^2 and Kdot^l = w_std^2 E[phi'(u) phi'(v)] with (u, v)
-normal with the covariance of K^{l-1}. NNGP: K^L. NTK: the contributions start as [K^0]; every layer multiplies
-them by Kdot^l and appends K^l; Theta is their sum (Jacot, Gabriel, Hongler 2018). Kernel gradient descent:
-f_t - y = (I - lr Theta)^t (f_0 - y). These are the limits of the NTP and SP schemes; muP has no kernel.
+normal with the covariance of K^{l-1}. NNGP: K^L. NTK: the contributions start as [K^0]; every layer
+multiplies them by Kdot^l and appends K^l; Theta is their sum (Jacot, Gabriel, Hongler 2018). Kernel gradient
+descent: f_t - y = (I - lr Theta)^t (f_0 - y). These are the limits of the NTP and SP schemes; muP has no
+fixed kernel.
 """
 
 from collections.abc import Callable, Sequence
@@ -96,9 +97,9 @@ def limiting_kernel(
 ) -> Float[Array, "n1 n2"]:
     """Kernel with which an infinitely wide net trains by SGD with rate eta in the NTP or SP scheme.
 
-    NTP: every layer contributes. SP with its stable rate eta / n: the first layer, whose weights have variance
-    one and would need rate eta, does not. Here eta is not absorbed: use it as `lr` of `KernelGD`, divided by
-    the number of samples if the loss is their mean.
+    NTP: every layer contributes. SP with its stable rate eta / n: the first layer, which would need rate eta
+    to move the outputs, does not. Here eta is not absorbed: use it as `lr` of `KernelGD`, divided by the
+    number of samples if the loss is their mean.
 
     Args:
         X1: inputs, one a row.
@@ -313,7 +314,7 @@ def _rectangular(X1, X2, stds, b_std, activation: Activation, points: int, kind:
 
 
 def _tile(activation: Activation, points: int) -> int:
-    """Side of the square of pairs computed at once: about 2^16 numbers, or 2^21 with the nodes of quadrature."""
+    """Side of the square of pairs computed at once: 2^16 pairs, or 2^21 nodes of quadrature."""
     if has_closed_form(activation):
         return 256
     return max(1, int((2**21 / points**2) ** 0.5))
