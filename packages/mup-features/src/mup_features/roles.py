@@ -46,10 +46,12 @@ class Role:
         fan_out_mult: m_out, fan-out over fan-out at base width; 1 where the fan-out is no width.
         matrix: whether the parameter is one two-dimensional matrix (what Muon may orthogonalise).
         scalable: whether a multiplier can stand in front of it in the forward pass: weights of linear,
-            convolution and embedding layers; not biases, gains or free parameters.
+            convolution and embedding layers; not biases, gains, free parameters, or weights that their module
+            reads without a layer's call (attention, recurrent layers).
         tied: whether it is both the embedding and the readout. Its kind is then "input", and the readout
             layer has a multiplier of its own.
-        base_std: standard deviation of the parameter in the base model, None where that was not at hand.
+        base_std: standard deviation about zero of the parameter in the base model, None where that was not
+            at hand.
         default_fan_mult: growth of what the framework's default initialisation takes the inverse square root
             of; None stands for fan_in_mult. It is the layer's m_in also for the bias of a torch layer, and
             1 where the default does not depend on any width.
@@ -71,6 +73,8 @@ class Role:
             value = getattr(self, name)
             if value is not None and not (isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be finite and > 0, got {value!r}")
+        if self.tied and self.kind != "input":
+            raise ValueError(f"kind must be 'input' for a tied embedding, got {self.kind!r}")
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ class Layout:
             of products of axes: ((1,),) is the size of axis 1, ((0,), (1,)) the sum of both, () a constant.
         default_of: name of the parameter whose default_fan applies instead (torch: a bias follows
             its weight).
+        scalable: whether a forward multiplier can be put before it; None: linear, conv and embedding weights.
     """
 
     owner: Owner
@@ -93,6 +98,7 @@ class Layout:
     fan_out: tuple[int, ...] = ()
     default_fan: tuple[tuple[int, ...], ...] = ()
     default_of: str | None = None
+    scalable: bool | None = None
 
     def __post_init__(self) -> None:
         if self.owner not in get_args(Owner):
@@ -192,7 +198,9 @@ def role_of(
         fan_in_mult=_fan_ratio(shape, base, (fan_in,)),
         fan_out_mult=_fan_ratio(shape, base, (fan_out,)),
         matrix=len(shape) == 2 and layout.owner in ("linear", "free"),
-        scalable=layout.owner in ("linear", "conv", "embedding"),
+        scalable=layout.owner in ("linear", "conv", "embedding")
+        if layout.scalable is None
+        else layout.scalable,
         base_std=base.std,
         default_fan_mult=default_fan_mult,
     )

@@ -21,7 +21,15 @@ Optimizer = Literal["sgd", "adam", "adamw", "adafactor", "sign", "muon"]
 DecayMode = Literal["constant_product", "raw"]
 Alignment = Literal["full", "none"] | float
 
-__all__ = ["Alignment", "DecayMode", "Form", "Optimizer", "WidthScales", "width_scales"]
+__all__ = [
+    "Alignment",
+    "DecayMode",
+    "Form",
+    "Optimizer",
+    "WidthScales",
+    "tied_readout_multiplier",
+    "width_scales",
+]
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,14 @@ def width_scales(
     return WidthScales(init, multiplier, lr, decay, _gradient(role, multiplier))
 
 
+def tied_readout_multiplier(role: Role, form: Form) -> float:
+    """Multiplier in front of the readout that shares its weight with the embedding, in every form.
+
+    It turns the embedding's size into the readout's, smaller by m: 1/m, in the symmetric form 1/sqrt(m).
+    """
+    return _size(role, form)[1] / role.fan_out_mult
+
+
 def _exponent(alignment: Alignment) -> float:
     if alignment in ("full", "none"):
         return 1.0 if alignment == "full" else 0.5
@@ -90,14 +106,14 @@ def _exponent(alignment: Alignment) -> float:
 
 
 def _size(role: Role, form: Form) -> tuple[float, float]:
-    """Factor of the initial standard deviation, and the forward multiplier."""
+    """Factor of the initial standard deviation, and the forward multiplier (1 where none can stand)."""
     m_in, m_out = role.fan_in_mult, role.fan_out_mult
     if role.kind == "hidden":
         return 1.0 / sqrt(m_in), 1.0
     if role.kind == "output":
-        if form == "pure" and not role.tied:
+        if form == "pure" or not role.scalable:
             return 1.0 / m_in, 1.0
-        if form == "symmetric" and not role.tied:
+        if form == "symmetric":
             return 1.0 / sqrt(m_in), 1.0 / sqrt(m_in)
         return 1.0, 1.0 / m_in
     if form == "symmetric" and role.scalable:

@@ -1,0 +1,274 @@
+"""Parameter groups with muP's rates for any torch optimiser, and a wrapper for schedulers.
+
+A group holds what differs with width: `lr`, `weight_decay` (and `eps`), and for the reader `mup_role` and
+`lr_scale`, the factor of the base rate. Groups are built once from names; a step then runs the optimiser's
+own code (foreach, fused, capturable) on ordinary parameters.
+
+Source: Yang et al. 2022 (arXiv 2203.03466), tables 3 and 8; depth: Yang et al. 2023 (arXiv 2310.02244), Dey
+et al. 2025 (arXiv 2505.01618).
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from math import isfinite, sqrt
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mup_features.roles import Role
+from mup_features.width_rules import Alignment, DecayMode, Form, Optimizer, WidthScales, width_scales
+
+from ._layouts import unwrapped
+from ._schedules import ScaledLRScheduler
+from .scaling import named_parameters
+
+Depth = Literal["sqrt", "linear"]
+
+__all__ = ["MuAdam", "MuAdamW", "MuSGD", "ScaledLRScheduler", "param_groups"]
+
+
+def param_groups(
+    model: nn.Module,
+    roles: Mapping[str, Role],
+    lr: float | Tensor,
+    weight_decay: float = 0.0,
+    optimizer: Optimizer = "adam",
+    weight_decay_mode: DecayMode = "constant_product",
+    form: Form = "mult",
+    eps_scaling: bool = False,
+    eps: float = 1e-8,
+    alignment: Alignment | tuple[Alignment, Alignment] = "full",
+    *,
+    groups: Iterable[Mapping[str, Any]] | None = None,
+    depth: Depth | None = None,
+    layers: int | None = None,
+    base_layers: int | None = None,
+    blocks: str | Sequence[str] | None = None,
+) -> list[dict[str, Any]]:
+    """Groups for a torch optimiser, one for each distinct set of numbers.
+
+    Build them after `fully_shard` or DDP, so that they hold the parameters that are trained.
+
+    Args:
+        model: the model.
+        roles: from `infer_roles`.
+        lr: base rate eta, >= 0, the one tuned at base width. A tensor (capturable optimisers) gives every
+            group a tensor of its own.
+        weight_decay: base decay, >= 0.
+        optimizer: the family of the updates: "sgd", "adam", "adamw", "adafactor", "sign" or "muon" (hidden
+            matrices orthogonalised, everything else as Adam).
+        weight_decay_mode: "constant_product" keeps lr times weight_decay the same in all groups; "raw" leaves
+            weight_decay alone.
+        form: the form that `apply_mup` was given.
+        eps_scaling: whether to scale Adam's epsilon like each parameter's gradient.
+        eps: base epsilon, used with eps_scaling or depth="linear".
+        alignment: "full", "none" or an exponent in [1/2, 1], or a pair for (hidden, output).
+        groups: the user's own groups, dictionaries with "params" (parameters, (name, parameter) pairs or
+            names) and options; each is split and keeps its options, with base values of "lr" and
+            "weight_decay".
+        depth: "sqrt" lowers the rate of blocks by sqrt(L0/L), except SGD's, for branches scaled by
+            sqrt(L0/L); "linear" leaves rates and decay, multiplies epsilon by L0/L and SGD's rate by L/L0,
+            for branches scaled by L0/L. See `residual_scale`.
+        layers: number L of residual blocks, with depth.
+        base_layers: number L0 in the base model, with depth.
+        blocks: name patterns of the parameters inside the blocks; default: the hidden weights.
+
+    Returns:
+        Groups with "params", "lr", "weight_decay", "mup_role", "lr_scale", the user's options, and "eps"
+        where it was scaled. Roles with equal numbers share a group; "mup_role" joins them by "+".
+
+    Raises:
+        ValueError: if a number is out of range, a parameter has no role or is in no or two groups.
+    """
+    _validate(lr, weight_decay, eps, eps_scaling, optimizer)
+    block_names, ratio = _blocks(roles, depth, layers, base_layers, blocks)
+    parameters = named_parameters(unwrapped(model))
+    names = {id(parameter): name for name, parameter in reversed(parameters.items())}
+    built: dict[tuple[Any, ...], dict[str, Any]] = {}
+    seen: set[int] = set()
+    for index, group in enumerate([{"params": parameters.values()}] if groups is None else groups):
+        base_lr, base_decay = group.get("lr", lr), group.get("weight_decay", weight_decay)
+        base_eps = group.get("eps", eps)
+        _validate(base_lr, base_decay, base_eps, eps_scaling, optimizer)
+        for parameter in _members(group, parameters):
+            name = _name(parameter, names, roles)
+            if id(parameter) in seen:
+                if groups is None:
+                    continue
+                raise ValueError(f"groups must hold each parameter once, {name!r} appears again")
+            seen.add(id(parameter))
+            scales = _scales(roles[name], optimizer, form, alignment, weight_decay_mode)
+            lr_factor, eps_factor = _depth_factors(depth, ratio if name in block_names else 1.0, optimizer)
+            numbers = {
+                "lr_scale": scales.lr * lr_factor,
+                "decay": scales.weight_decay
+                / (lr_factor if weight_decay_mode == "constant_product" else 1.0),
+                "eps": (scales.eps if eps_scaling else 1.0) * eps_factor,
+            }
+            if optimizer == "muon" and _orthogonalised(roles[name]):
+                numbers["eps"] = 1.0
+            key = (index, *numbers.values(), optimizer == "muon" and _orthogonalised(roles[name]))
+            if key not in built:
+                built[key] = _new_group(group, numbers, base_lr, base_decay, base_eps)
+            built[key]["params"].append(parameter)
+            kinds = built[key]["mup_role"]
+            if roles[name].kind not in kinds:
+                kinds.append(roles[name].kind)
+    if groups is not None and (missing := [name for key, name in names.items() if key not in seen]):
+        raise ValueError(
+            f"groups must hold every parameter, {missing[0]!r} is in none ({len(missing)} in all)"
+        )
+    return [{**group, "mup_role": "+".join(group["mup_role"])} for group in built.values()]
+
+
+def MuSGD(  # noqa: N802 (the name microsoft/mup users know)
+    model: nn.Module,
+    roles: Mapping[str, Role],
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    impl: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
+    **options: Any,
+) -> torch.optim.Optimizer:
+    """`impl` with the rates and decays that microsoft/mup's MuSGD gives; `options` go to `impl`."""
+    return impl(param_groups(model, roles, lr, weight_decay, "sgd"), lr=lr, **options)
+
+
+def MuAdam(  # noqa: N802
+    model: nn.Module,
+    roles: Mapping[str, Role],
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    impl: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
+    **options: Any,
+) -> torch.optim.Optimizer:
+    """`impl` with the rates and decays that microsoft/mup's MuAdam gives; `options` go to `impl`."""
+    return impl(param_groups(model, roles, lr, weight_decay, "adam"), lr=lr, **options)
+
+
+def MuAdamW(  # noqa: N802
+    model: nn.Module, roles: Mapping[str, Role], *, lr: float, weight_decay: float = 0.0, **options: Any
+) -> torch.optim.Optimizer:
+    """AdamW with the rates and decays that microsoft/mup's MuAdamW gives; `options` go to AdamW."""
+    return MuAdam(model, roles, lr=lr, weight_decay=weight_decay, impl=torch.optim.AdamW, **options)
+
+
+def _validate(lr: Any, weight_decay: Any, eps: Any, eps_scaling: bool, optimizer: str) -> None:
+    if not isinstance(lr, Tensor) and not (isfinite(lr) and lr >= 0):
+        raise ValueError(f"lr must be finite and >= 0, got {lr!r}")
+    if isinstance(lr, Tensor) and not (lr.numel() == 1 and lr.is_floating_point()):
+        raise ValueError(f"lr must be one floating point number, got {lr.dtype} of shape {tuple(lr.shape)}")
+    for name, value in (("weight_decay", weight_decay), ("eps", eps)):
+        if not (isfinite(value) and value >= 0):
+            raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
+    if eps_scaling and optimizer not in ("adam", "adamw", "muon"):
+        raise ValueError(f"eps_scaling needs an Adam optimizer, got {optimizer!r}")
+
+
+def _blocks(
+    roles: Mapping[str, Role],
+    depth: Depth | None,
+    layers: int | None,
+    base_layers: int | None,
+    blocks: str | Sequence[str] | None,
+) -> tuple[set[str], float]:
+    """Names inside residual blocks, and L0/L."""
+    if depth is None:
+        if not (layers is None and base_layers is None and blocks is None):
+            raise ValueError("depth must be 'sqrt' or 'linear' where layers, base_layers or blocks are given")
+        return set(), 1.0
+    if depth not in ("sqrt", "linear"):
+        raise ValueError(f"depth must be 'sqrt', 'linear' or None, got {depth!r}")
+    if layers is None or base_layers is None or layers < 1 or base_layers < 1:
+        raise ValueError(
+            f"layers and base_layers must be >= 1 with depth, got {layers!r} and {base_layers!r}"
+        )
+    if blocks is None:
+        return {name for name, role in roles.items() if role.kind == "hidden"}, base_layers / layers
+    patterns = [blocks] if isinstance(blocks, str) else list(blocks)
+    inside = {name for name in roles if any(fnmatchcase(name, pattern) for pattern in patterns)}
+    if not inside:
+        raise ValueError(f"blocks must match some parameter, got {blocks!r}")
+    return inside, base_layers / layers
+
+
+def _depth_factors(depth: Depth | None, ratio: float, optimizer: Optimizer) -> tuple[float, float]:
+    """Factors of rate and epsilon inside blocks whose branches are scaled by sqrt(ratio) or ratio = L0/L.
+
+    L branches, each scaled by s, add up L s times the effect of an update of fixed size, or L s^2 times
+    that of a gradient, which is smaller by s itself.
+    """
+    if depth == "sqrt":
+        return (1.0 if optimizer == "sgd" else sqrt(ratio)), 1.0
+    if depth == "linear":
+        return (1.0 / ratio if optimizer == "sgd" else 1.0), ratio
+    return 1.0, 1.0
+
+
+def _scales(
+    role: Role,
+    optimizer: Optimizer,
+    form: Form,
+    alignment: Alignment | tuple[Alignment, Alignment],
+    mode: DecayMode,
+) -> WidthScales:
+    alpha = alignment
+    if isinstance(alpha, tuple):
+        alpha = alpha[1] if role.kind == "output" else alpha[0]
+    return width_scales(role, optimizer=optimizer, form=form, alignment=alpha, weight_decay_mode=mode)
+
+
+def _orthogonalised(role: Role) -> bool:
+    return role.kind == "hidden" and role.matrix
+
+
+def _members(group: Mapping[str, Any], parameters: Mapping[str, nn.Parameter]) -> list[nn.Parameter]:
+    """The parameters of a user's group, given themselves, as pairs with names, or by name."""
+    if "params" not in group:
+        raise ValueError(f"groups must be dictionaries with 'params', got keys {sorted(group)}")
+    params = group["params"]
+    members = []
+    for item in [params] if isinstance(params, (Tensor, str)) else params:
+        if isinstance(item, str):
+            if item not in parameters:
+                raise ValueError(f"groups names {item!r}, which is no parameter of the model")
+            members.append(parameters[item])
+        else:
+            members.append(item[1] if isinstance(item, tuple) else item)
+    return members
+
+
+def _name(parameter: nn.Parameter, names: Mapping[int, str], roles: Mapping[str, Role]) -> str:
+    name = names.get(id(parameter))
+    if name is None:
+        raise ValueError(
+            f"groups holds a parameter of shape {tuple(parameter.shape)} that is not the model's"
+        )
+    if name not in roles:
+        raise ValueError(f"roles has no role for {name!r}: infer them again from this model")
+    return name
+
+
+def _new_group(
+    group: Mapping[str, Any],
+    numbers: Mapping[str, float],
+    lr: float | Tensor,
+    weight_decay: float,
+    eps: float,
+) -> dict[str, Any]:
+    scale = numbers["lr_scale"]
+    built = {key: value for key, value in group.items() if key not in ("params", "eps")}
+    built |= {
+        "params": [],
+        "lr": lr.detach() * scale if isinstance(lr, Tensor) else lr * scale,
+        "weight_decay": weight_decay * numbers["decay"],
+        "mup_role": [],
+        "lr_scale": scale,
+    }
+    if "initial_lr" in group:
+        built["initial_lr"] = group["initial_lr"] * scale
+    if "eps" in group or numbers["eps"] != 1.0:
+        built["eps"] = eps * numbers["eps"]
+    return built
