@@ -68,6 +68,19 @@ class Activation:
     at_zero: float
     slope_at_zero: float
 
+    def linearised(self) -> "Activation":
+        """The linear function with the same value and slope at 0."""
+        at_zero, slope = self.at_zero, self.slope_at_zero
+        return Activation(
+            f"linearised {self.name}",
+            lambda x: at_zero + slope * x,
+            lambda x: jnp.full_like(x, slope),
+            True,
+            at_zero == 0,
+            at_zero,
+            slope,
+        )
+
 
 @lru_cache
 def resolve(activation: str | Elementwise) -> Activation:
@@ -98,13 +111,13 @@ def resolve(activation: str | Elementwise) -> Activation:
     def dphi(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         return jax.jvp(phi, (x,), (jnp.ones_like(x),))[1]
 
-    known = isinstance(activation, str)
+    named = isinstance(activation, str)
     return Activation(
         name,
         phi,
         dphi,
-        name in TWICE_DIFFERENTIABLE if known else True,
-        known and name in HOMOGENEOUS,
+        name in TWICE_DIFFERENTIABLE if named else True,
+        named and name in HOMOGENEOUS,
         float(phi(jnp.zeros(()))),
         float(dphi(jnp.zeros(()))),
     )

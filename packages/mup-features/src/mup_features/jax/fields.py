@@ -28,7 +28,15 @@ Columns = Float[Array, "points columns"]
 MAX_SOBOL_DIMS = qmc.Sobol.MAXDIM
 BITS = 32
 
-__all__ = ["MAX_SOBOL_DIMS", "Columns", "FieldSource", "Sampler", "inverse_transpose", "match_moments", "mean_products"]
+__all__ = [
+    "MAX_SOBOL_DIMS",
+    "Columns",
+    "FieldSource",
+    "Sampler",
+    "inverse_transpose",
+    "match_moments",
+    "mean_products",
+]
 
 
 class FieldSource(NamedTuple):

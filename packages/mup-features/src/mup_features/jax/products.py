@@ -39,11 +39,13 @@ class Basis(NamedTuple):
         q: [M, capacity], orthonormal columns on the population of the argument.
         g: [M, capacity], standard normal fields on the population of the result.
         rank: columns in use.
+        longest: the largest norm of an argument so far, what `tol` is relative to.
     """
 
     q: Columns
     g: Columns
     rank: int
+    longest: Float[Array, ""]
 
 
 class Matrix(NamedTuple):
@@ -54,7 +56,7 @@ class Matrix(NamedTuple):
         y: the side of the transpose.
         learned: [capacity of y, capacity of x], A above.
         velocity: momentum of `learned`, of the same shape.
-        scale: w above; 1 without weight decay, 0 where the initial matrix has vanished (IP).
+        scale: w above, sigma at the start and smaller by weight decay; 0 where W_0 has vanished (IP).
     """
 
     x: Basis
@@ -84,7 +86,7 @@ def empty_basis(like_argument: Columns, like_result: Columns, capacity: int) -> 
     def zeros(like: Columns) -> Columns:
         return jnp.zeros_like(like, shape=(like.shape[0], capacity), device=like.sharding)
 
-    return Basis(zeros(like_argument), zeros(like_result), 0)
+    return Basis(zeros(like_argument), zeros(like_result), 0, jnp.zeros(()))
 
 
 def grown(matrix: Matrix, columns: int) -> Matrix:
@@ -97,7 +99,9 @@ def grown(matrix: Matrix, columns: int) -> Matrix:
         room, needed = basis.q.shape[1], basis.rank + columns
         if needed > room:
             more = -(-max(needed, room + room // 2) // 64) * 64 - room
-            basis = Basis(_padded(basis.q, room + more), _padded(basis.g, room + more), basis.rank)
+            basis = Basis(
+                _padded(basis.q, room + more), _padded(basis.g, room + more), basis.rank, basis.longest
+            )
         sides.append(basis)
     shape = (sides[1].q.shape[1], sides[0].q.shape[1])
     missing = [(0, new - old) for new, old in zip(shape, matrix.learned.shape, strict=True)]
@@ -120,7 +124,8 @@ def product(
         x: [M, B] on the population of the argument.
         transpose: whether W^T is meant.
         fresh: gives that many fresh fields on the population of the result, beside those of this side.
-        tol: directions shorter than this, relative to x, are dropped.
+        tol: directions shorter than this, relative to the longest argument so far, are dropped. Not to x itself:
+            backward signals shrink as training converges, and what they move shrinks with them.
         extend: whether the basis keeps the new directions. Without, the product is that of an onlooker: it has
             the right law, and the matrix does not remember it.
     """
@@ -129,12 +134,12 @@ def product(
     value, coefficients, rest = _known(near.q, near.g, far.q, far.g, learned, matrix.scale, x)
     if matrix.scale == 0.0 and not extend:
         return Product(value, coefficients, near)
-    norms = jnp.sqrt(jnp.mean(x * x, axis=0))
+    longest = jnp.maximum(near.longest, jnp.max(_norms(x)))
     done = 0
     width = x.shape[1]
     temporary: tuple[Columns, ...] = ()
     while done < width:
-        found, directions, rest = _directions(near.q, temporary, rest, norms, tol)
+        found, directions, rest = _directions(near.q, temporary, rest, longest, tol)
         count = int(found)
         if count == 0:
             break
@@ -146,7 +151,11 @@ def product(
             near = _append(near, directions, fields, count)
         else:
             temporary = (*temporary, directions)
-    return Product(value, coefficients, near)
+    return Product(value, coefficients, near._replace(longest=longest) if extend else near)
+
+
+def _norms(x: Columns) -> Float[Array, " columns"]:
+    return jnp.sqrt(jnp.mean(x * x, axis=0))
 
 
 @jax.jit
@@ -165,13 +174,13 @@ def _known(q, g, far_q, far_g, learned, scale, x):
 
 
 @jax.jit
-def _directions(q, temporary, rest, norms, tol):
+def _directions(q, temporary, rest, longest, tol):
     """Orthonormal directions of the rest, the longest first, and what is still outside.
 
-    Eigenvectors of the Gram matrix of the relative rests: no order of the samples is preferred. Directions
+    Eigenvectors of the Gram matrix of the rests: no order of the samples is preferred. Directions
     shorter than ROUND times the longest wait for the next round, where they no longer drown in its rounding.
     """
-    relative = rest / jnp.where(norms > 0, norms, 1.0)
+    relative = rest / jnp.where(longest > 0, longest, 1.0)
     squares, vectors = jnp.linalg.eigh(mean_products(relative, relative))
     squares, vectors = squares[::-1], vectors[:, ::-1]
     # The sign of an eigenvector is free; the largest entry positive does not depend on the order of samples.
@@ -209,7 +218,7 @@ def _padded(columns: Columns, width: int) -> Columns:
 def _append(basis: Basis, directions: Columns, fields: Columns, count: int) -> Basis:
     """The basis with new columns behind those in use; zero columns beyond `count` are overwritten later."""
     q, g = _write(basis.q, basis.g, directions, fields, basis.rank)
-    return Basis(q, g, basis.rank + count)
+    return Basis(q, g, basis.rank + count, basis.longest)
 
 
 @partial(jax.jit, donate_argnums=(0, 1))

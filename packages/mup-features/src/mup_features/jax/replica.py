@@ -45,6 +45,8 @@ class Layers(NamedTuple):
         max_rank: largest rank of a basis; None for no bound but memory.
         match: whether fields are moment matched.
         initial_products: whether W_0 of layers 2..L acts at all (not under IP, where it vanishes).
+        mean: n times the mean of the entries of W^2 .. W^{L+1} at the start, 0 but under `ip_noncentered`.
+        bias_std: standard deviation of the initial biases of hidden layers, 0 for none.
     """
 
     depth: int
@@ -55,6 +57,8 @@ class Layers(NamedTuple):
     max_rank: int | None
     match: bool
     initial_products: bool
+    mean: float = 0.0
+    bias_std: float = 0.0
 
 
 class Replica(NamedTuple):
@@ -67,7 +71,11 @@ class Replica(NamedTuple):
         readout: [M, C], V_t = n W^{L+1}_t, on population L.
         readout_fields: V_0 / sigma.
         readout_velocity: momentum of V.
+        biases: [M, 1] each, of layers 1..L; none without biases.
+        bias_fields: their fields at the start.
+        bias_velocities: their momentum.
         matrices: W^2 .. W^L.
+        means: n times the mean that is left of the entries of W^2 .. W^L.
         fields_used: fields drawn on each population so far.
     """
 
@@ -77,7 +85,11 @@ class Replica(NamedTuple):
     readout: Columns
     readout_fields: Columns
     readout_velocity: Columns
+    biases: tuple[Columns, ...]
+    bias_fields: tuple[Columns, ...]
+    bias_velocities: tuple[Columns, ...]
     matrices: tuple[Matrix, ...]
+    means: tuple[float, ...]
     fields_used: tuple[int, ...]
 
 
@@ -106,19 +118,21 @@ def new_replica(
     layers: Layers, sources: tuple[FieldSource, ...], inputs: int, outputs: int, capacity: int
 ) -> Replica:
     """A replica before training. V_0 and W^1 get the first Sobol dimensions, which are the best."""
-    fields: list[Columns] = [jnp.zeros((0, 0))] * layers.depth
+    here: list[tuple[Columns, ...]] = [()] * layers.depth
     used = [0] * layers.depth
-    parts = {"first": (0, inputs), "readout": (layers.depth - 1, outputs)}
-    drawn = {}
-    for name in ("readout", "first"):
-        population, count = parts[name]
-        new = sources[population].draw(used[population], count)
+
+    def draw(layer: int, count: int) -> Columns:
+        new = sources[layer].draw(used[layer], count)
         if layers.match:
-            earlier = (fields[population],) if used[population] else ()
-            new = match_moments(new, earlier)
-        fields[population], drawn[name] = new, new
-        used[population] += count
-    scale = 1.0 if layers.initial_products else 0.0
+            new = match_moments(new, here[layer])
+        here[layer] = (*here[layer], new)
+        used[layer] += count
+        return new
+
+    readout_fields = draw(layers.depth - 1, outputs)
+    first_fields = draw(0, inputs)
+    bias_fields = tuple(draw(l, 1) for l in range(layers.depth)) if layers.bias_std else ()
+    first, readout = layers.sigma[0] * first_fields, layers.mean + layers.sigma[-1] * readout_fields
     like = [source.draw(0, 1) for source in sources]
     matrices = tuple(
         Matrix(
@@ -126,19 +140,22 @@ def new_replica(
             empty_basis(like[l], like[l - 1], capacity),
             jnp.zeros((capacity, capacity)),
             jnp.zeros((capacity, capacity)),
-            scale,
+            layers.sigma[l] if layers.initial_products else 0.0,
         )
         for l in range(1, layers.depth)
     )
-    first, readout = layers.sigma[0] * drawn["first"], layers.sigma[-1] * drawn["readout"]
     return Replica(
         first,
-        drawn["first"],
+        first_fields,
         jnp.zeros_like(first),
         readout,
-        drawn["readout"],
+        readout_fields,
         jnp.zeros_like(readout),
+        tuple(layers.bias_std * field for field in bias_fields),
+        bias_fields,
+        tuple(jnp.zeros_like(field) for field in bias_fields),
         matrices,
+        (layers.mean,) * (layers.depth - 1),
         tuple(used),
     )
 
@@ -191,7 +208,7 @@ def forward(
         RankError: if a basis would exceed `max_rank`.
     """
     matrices = list(replica.matrices)
-    h = [_first_layer(replica.first, coordinates)]
+    h = [_plus(_first_layer(replica.first, coordinates), replica.biases[:1])]
     x = [layers.phi[0](h[0])]
     coefficients = []
     for l in range(1, layers.depth):
@@ -208,8 +225,11 @@ def forward(
         matrices[l - 1] = matrices[l - 1]._replace(x=made.basis)
         _check_rank(layers, made.basis.rank, l)
         coefficients.append(made.coefficients)
-        h.append(made.value)
-        x.append(layers.phi[l](made.value))
+        value = _plus(made.value, replica.biases[l : l + 1])
+        if replica.means[l - 1]:
+            value = value + replica.means[l - 1] * jnp.mean(x[-1], axis=0)
+        h.append(value)
+        x.append(layers.phi[l](value))
     replica = replica._replace(matrices=tuple(matrices))
     if keep:
         replica = replica._replace(fields_used=tuple(fresh.used))
@@ -222,8 +242,18 @@ def backward(
     signals: Signals,
     chi: Float[Array, "batch outputs"],
     fresh: Fresh,
+    *,
+    keep: bool,
 ) -> tuple[Backward, Replica]:
     """Backward signals of the batch whose forward products were just made; chi is absorbed in them.
+
+    Args:
+        layers: what all steps share.
+        replica: the state after the forward pass.
+        signals: what the forward pass gave.
+        chi: derivative of the loss with respect to the outputs.
+        fresh: that of the forward pass.
+        keep: whether the matrices remember the products.
 
     Raises:
         RankError: if a basis would exceed `max_rank`.
@@ -237,15 +267,19 @@ def backward(
             matrices[l - 1],
             b[0],
             transpose=True,
-            fresh=fresh.on(l - 1, _other_fields(layers, replica, matrices, l - 1, l - 1), True),
+            fresh=fresh.on(l - 1, _other_fields(layers, replica, matrices, l - 1, l - 1), keep),
             tol=layers.tol,
-            extend=True,
+            extend=keep,
         )
         matrices[l - 1] = matrices[l - 1]._replace(y=made.basis)
         _check_rank(layers, made.basis.rank, l)
         coefficients.insert(0, made.coefficients)
-        b.insert(0, _through(layers.dphi[l - 1], made.value, signals.h[l - 1]))
-    replica = replica._replace(matrices=tuple(matrices), fields_used=tuple(fresh.used))
+        value = made.value
+        if replica.means[l - 1]:
+            value = value + replica.means[l - 1] * jnp.mean(b[0], axis=0)
+        b.insert(0, _through(layers.dphi[l - 1], value, signals.h[l - 1]))
+    if keep:
+        replica = replica._replace(matrices=tuple(matrices), fields_used=tuple(fresh.used))
     return Backward(tuple(b), tuple(coefficients)), replica
 
 
@@ -269,7 +303,7 @@ def updated(
     chi: Float[Array, "batch outputs"],
     step: Step,
 ) -> Replica:
-    """The replica after one step of SGD: torch's momentum and coupled weight decay."""
+    """The replica after one step of SGD with momentum; weight decay multiplies weights, as in AdamW."""
     lr, momentum, decay = step
     shrink = 1.0 - lr * decay
     first, first_velocity = _moved(
@@ -282,7 +316,14 @@ def updated(
     for matrix, y, x in zip(replica.matrices, back.coefficients, signals.coefficients, strict=True):
         learned, velocity = record_update(matrix.learned, matrix.velocity, y, x, lr, momentum, shrink)
         matrices.append(matrix._replace(learned=learned, velocity=velocity, scale=matrix.scale * shrink))
+    moved = [
+        _moved(bias, velocity, b.sum(axis=1, keepdims=True), lr, momentum, shrink)
+        for bias, velocity, b in zip(replica.biases, replica.bias_velocities, back.b, strict=False)
+    ]
     return replica._replace(
+        biases=tuple(bias for bias, _ in moved),
+        bias_velocities=tuple(velocity for _, velocity in moved),
+        means=tuple(mean * shrink for mean in replica.means),
         first=first,
         first_velocity=first_velocity,
         readout=readout,
@@ -300,7 +341,7 @@ def _other_fields(
     layers: Layers, replica: Replica, matrices: list[Matrix], layer: int, without: int
 ) -> tuple[Columns, ...]:
     """Fields on the population of a layer (0-based), those that belong to the matrix `without` left out."""
-    fields = []
+    fields = list(replica.bias_fields[layer : layer + 1])
     if layer == 0:
         fields.append(replica.first_fields)
     if layer == layers.depth - 1:
@@ -315,8 +356,12 @@ def _other_fields(
 def _check_rank(layers: Layers, rank: int, layer: int) -> None:
     if layers.max_rank is not None and rank > layers.max_rank:
         raise RankError(
-            f"W^{layer + 1} has met {rank} directions, more than max_rank={layers.max_rank}; raise max_rank or tol"
+            f"W^{layer + 1} has met {rank} directions, more than max_rank={layers.max_rank}: raise max_rank or tol"
         )
+
+
+def _plus(columns: Columns, bias: tuple[Columns, ...]) -> Columns:
+    return columns + bias[0] if bias else columns
 
 
 @jax.jit

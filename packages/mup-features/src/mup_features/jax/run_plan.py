@@ -14,7 +14,16 @@ from .losses import Loss, Reduction, SampleLoss, resolve_loss
 
 RECORDABLE = ("f", "K", "G", "change")
 
-__all__ = ["RECORDABLE", "Data", "Settings", "batch_at", "checked_count", "checked_data", "recorded_steps", "settings"]
+__all__ = [
+    "RECORDABLE",
+    "Data",
+    "Settings",
+    "batch_at",
+    "checked_count",
+    "checked_data",
+    "recorded_steps",
+    "settings",
+]
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,7 @@ class Settings:
     replicas: int
 
     def rate(self, step: int) -> float:
-        """eta of a step, by the schedule."""
+        """Eta of a step, by the schedule."""
         return self.lr * (1.0 if self.lr_schedule is None else float(self.lr_schedule(step)))
 
 
@@ -97,7 +106,9 @@ def settings(
         ValueError: for arguments out of range, or if jax is not set to float64.
     """
     if not jax.config.read("jax_enable_x64"):
-        raise ValueError("jax_enable_x64 must be on, orthonormal bases need float64; use jax.enable_x64(True)")
+        raise ValueError(
+            "jax_enable_x64 must be on, orthonormal bases need float64; use jax.enable_x64(True)"
+        )
     counts = {"depth": depth, "input_dim": input_dim, "output_dim": output_dim, "replicas": replicas}
     for name, value in (counts | ({} if batch is None else {"batch": batch})).items():
         checked_count(name, value, 1)
@@ -140,7 +151,10 @@ def settings(
 
 
 def checked_data(
-    run: Settings, X: Float[ArrayLike, "n d"], y: Float[ArrayLike, "n *outputs"], X_test: Float[ArrayLike, "m d"] | None
+    run: Settings,
+    X: Float[ArrayLike, "n d"],
+    y: Float[ArrayLike, "n *outputs"],
+    X_test: Float[ArrayLike, "m d"] | None,
 ) -> Data:
     """Data for these settings.
 
@@ -148,7 +162,9 @@ def checked_data(
         ValueError: for wrong shapes or values that are not finite.
     """
     X = _finite_matrix("X", X, run.input_dim)
-    tests = np.zeros((0, run.input_dim)) if X_test is None else _finite_matrix("X_test", X_test, run.input_dim)
+    tests = (
+        np.zeros((0, run.input_dim)) if X_test is None else _finite_matrix("X_test", X_test, run.input_dim)
+    )
     y = np.asarray(y, dtype=np.float64)
     y = y[:, None] if y.ndim == 1 else y
     if y.shape != (len(X), run.output_dim):

@@ -1,0 +1,278 @@
+"""A run of the limit: replicas side by side through the steps, and what is recorded of them.
+
+A step is split in two. `prepare` makes the forward and backward pass of step t, after which everything about
+step t is known and recorded; `apply` moves the weights. The last step of a run is prepared and not applied,
+exactly as a longer run would have done, so that a run can be taken up again bit for bit.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from .fields import Columns, FieldSource, mean_products
+from .products import Basis, Matrix
+from .replica import (
+    Backward,
+    Fresh,
+    Layers,
+    Replica,
+    Signals,
+    Step,
+    backward,
+    forward,
+    new_replica,
+    outputs,
+    updated,
+)
+from .run_plan import Data, Settings, batch_at
+from .trajectory import Record
+
+__all__ = ["LimitState", "Prepared", "Run"]
+
+
+class Prepared(NamedTuple):
+    """Both passes of a step of one replica, made and not yet applied."""
+
+    signals: Signals
+    back: Backward
+    chi: Float[Array, "batch outputs"]
+
+
+class Start(NamedTuple):
+    """Pre-activations and features of the training set at step 0, with which later ones are compared."""
+
+    h: tuple[Columns, ...]
+    x: tuple[Columns, ...]
+
+
+@dataclass
+class LimitState:
+    """Everything a run has made so far.
+
+    Attributes:
+        step: t, updates made.
+        replicas: weights of each replica.
+        prepared: the passes of step t, if made; one for each replica, or none.
+        starts: the training set's signals at step 0; one for each replica, or none if not recorded.
+        recorded: steps that were recorded.
+        records: their records, one for each replica.
+    """
+
+    step: int
+    replicas: list[Replica]
+    prepared: list[Prepared] = field(default_factory=list)
+    starts: list[Start] = field(default_factory=list)
+    recorded: list[int] = field(default_factory=list)
+    records: list[list[Record]] = field(default_factory=list)
+
+
+class Run:
+    """The plan of a run; all that changes is in its LimitState.
+
+    Args:
+        settings: what is trained.
+        layers: activations and initial sizes as the replicas see them.
+        sources: fields of each replica and population.
+        data: what it is trained on.
+        record: what to record of "f", "K", "G", "change".
+        batch_key: where batches come from.
+        first_step: under `ip_llr`, the layers of the first pass.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        layers: Layers,
+        sources: list[tuple[FieldSource, ...]],
+        data: Data,
+        record: frozenset[str],
+        batch_key: PRNGKeyArray,
+        first_step: Layers | None,
+    ) -> None:
+        self.settings, self.layers, self.sources, self.data = settings, layers, sources, data
+        self.record, self.batch_key, self.first_step = record, batch_key, first_step
+        coordinates = jnp.asarray(data.coordinates().T)
+        self.samples = len(data.X)
+        self.train, self.test = coordinates[:, : self.samples], coordinates[:, self.samples :]
+        self.y = jnp.asarray(data.y)
+
+    def start(self, capacity: int) -> LimitState:
+        """Replicas before training, with room for that many directions of each matrix."""
+        layers = self.first_step or self.layers
+        inputs, count = len(self.train), self.settings.output_dim
+        return LimitState(
+            0, [new_replica(layers, source, inputs, count, capacity) for source in self.sources]
+        )
+
+    def prepare(self, state: LimitState, recording: bool) -> None:
+        """Make the passes of step t, and record it; nothing happens if they are made already.
+
+        Raises:
+            FloatingPointError: if outputs are not finite; nothing is recorded then.
+            RankError: if a basis would exceed the largest rank allowed.
+        """
+        if state.prepared:
+            return
+        batch = batch_at(self.batch_key, state.step, self.samples, self.settings.batch)
+        prepared, records, starts = [], [], []
+        for number, source in enumerate(self.sources):
+            replica = state.replicas[number]
+            start = state.starts[number] if state.starts else None
+            if self.first_step is not None and state.step == 0:
+                step = self._first(replica, source, batch, recording)
+            else:
+                step = self._usual(replica, source, batch, recording, start)
+            state.replicas[number] = step.replica
+            prepared.append(step.prepared)
+            records.append(step.record)
+            starts.append(step.start)
+        state.prepared = prepared
+        if recording:
+            if not state.starts and self.record & {"K", "change"}:
+                state.starts = starts
+            state.recorded.append(state.step)
+            state.records.append(records)
+
+    def apply(self, state: LimitState) -> None:
+        """Move the weights by the prepared step."""
+        batch = batch_at(self.batch_key, state.step, self.samples, self.settings.batch)
+        rate = self.settings.rate(state.step)
+        step = Step(rate, self.settings.momentum, self.settings.weight_decay)
+        for number, made in enumerate(state.prepared):
+            replica = state.replicas[number]
+            replica = updated(replica, self.train[:, batch], made.signals, made.back, made.chi, step)
+            if self.first_step is not None and state.step == 0:
+                gone = tuple(matrix._replace(scale=0.0) for matrix in replica.matrices)
+                replica = replica._replace(matrices=gone)
+            state.replicas[number] = replica
+        state.prepared = []
+        state.step += 1
+
+    def outputs(self, state: LimitState, replica: int) -> Float[Array, "batch outputs"]:
+        """Outputs of one replica on the batch of the prepared step."""
+        return outputs(state.replicas[replica], state.prepared[replica].signals)
+
+    def skeleton(self, prepared: bool, started: bool) -> tuple[list[Replica], list[Prepared], list[Start]]:
+        """The tree of a state without its arrays, for reading one: numbers stand where numbers belong."""
+        L, R = self.layers.depth, len(self.sources)
+        array = np.zeros(0)
+        basis = Basis(array, array, 0, array)
+        biases = (array,) * L if self.layers.bias_std else ()
+        matrices = (Matrix(basis, basis, array, array, 0.0),) * (L - 1)
+        six = (array,) * 6
+        replica = Replica(*six, biases, biases, biases, matrices, (0.0,) * (L - 1), (0,) * L)
+        layers, inner = (array,) * L, (array,) * (L - 1)
+        step = Prepared(Signals(layers, layers, inner), Backward(layers, inner), array)
+        return [replica] * R, [step] * (R if prepared else 0), [Start(layers, layers)] * (R if started else 0)
+
+    def _usual(
+        self,
+        replica: Replica,
+        source: tuple[FieldSource, ...],
+        batch: Int[Array, " batch"],
+        recording: bool,
+        start: Start | None,
+    ) -> "_Step":
+        fresh = Fresh(self.layers, source, replica)
+        signals, replica = forward(self.layers, replica, self.train[:, batch], fresh, keep=True)
+        f = _finite(outputs(replica, signals))
+        record: Record = {}
+        if recording:
+            everything, f_all = signals, f
+            if len(batch) < self.samples:
+                everything, f_all = self._look(replica, source, self.train)
+            record = self._record(everything, f_all, start)
+            start = start or Start(everything.h, everything.x)
+            if self.test.shape[1]:
+                record["f_test"] = np.asarray(self._look(replica, source, self.test)[1])
+        chi = self.settings.loss.chi(f, self.y[batch])
+        back, replica = backward(self.layers, replica, signals, chi, fresh, keep=True)
+        if recording and "G" in self.record:
+            record["G"] = self._signal_grams(back, batch)
+        return _Step(replica, Prepared(signals, back, chi), record, start)
+
+    def _first(
+        self, replica: Replica, source: tuple[FieldSource, ...], batch: Int[Array, " batch"], recording: bool
+    ) -> "_Step":
+        """The first step of `ip_llr`: what is seen is IP at its start, what moves is a linearised muP pass."""
+        assert self.first_step is not None
+        vanished = replica._replace(matrices=tuple(m._replace(scale=0.0) for m in replica.matrices))
+        fresh = Fresh(self.layers, source, replica)
+        seen, _ = forward(self.layers, vanished, self.train, fresh, keep=False)
+        f = _finite(outputs(replica, seen))
+        record: Record = {}
+        if recording:
+            record = self._record(seen, f, None)
+            if self.test.shape[1]:
+                onlooker, _ = forward(self.layers, vanished, self.test, fresh, keep=False)
+                record["f_test"] = np.asarray(outputs(replica, onlooker))
+            if "G" in self.record:
+                chi = self.settings.loss.chi(f[batch], self.y[batch])
+                part = Signals(*(tuple(c[:, batch] for c in columns) for columns in (seen.h, seen.x)), ())
+                back, _ = backward(self.layers, vanished, part, chi, fresh, keep=False)
+                record["G"] = self._signal_grams(back, batch)
+        fresh = Fresh(self.first_step, source, replica)
+        signals, replica = forward(self.first_step, replica, self.train[:, batch], fresh, keep=True)
+        chi = self.settings.loss.chi(f[batch], self.y[batch])
+        back, replica = backward(self.first_step, replica, signals, chi, fresh, keep=True)
+        return _Step(replica, Prepared(signals, back, chi), record, Start(seen.h, seen.x))
+
+    def _look(
+        self, replica: Replica, source: tuple[FieldSource, ...], inputs: Float[Array, "d inputs"]
+    ) -> tuple[Signals, Float[Array, "inputs outputs"]]:
+        """A pass that leaves no trace."""
+        fresh = Fresh(self.layers, source, replica)
+        signals, _ = forward(self.layers, replica, inputs, fresh, keep=False)
+        return signals, outputs(replica, signals)
+
+    def _record(self, signals: Signals, f: Float[Array, "n outputs"], start: Start | None) -> Record:
+        record: Record = {"f": np.asarray(f), "loss": np.asarray(self.settings.loss.value(f, self.y))}
+        if self.record & {"K", "change"}:
+            start = start or Start(signals.h, signals.x)
+            made = jax.device_get(_grams(signals.h, signals.x, start))
+            kept = {"change"} if "K" not in self.record else set(made)
+            if "change" not in self.record:
+                kept.discard("change")
+            record |= {name: made[name] for name in kept}
+        return record
+
+    def _signal_grams(self, back: Backward, batch: Int[Array, " batch"]) -> np.ndarray:
+        """Gram matrices of b, with zeros outside the batch, where chi is zero."""
+        made = np.zeros((self.layers.depth, self.samples, self.samples))
+        rows = np.asarray(batch)
+        made[:, rows[:, None], rows] = np.stack([np.asarray(mean_products(b, b)) for b in back.b])
+        return made
+
+
+class _Step(NamedTuple):
+    replica: Replica
+    prepared: Prepared
+    record: Record
+    start: Start | None
+
+
+def _finite(f: Float[Array, "batch outputs"]) -> Float[Array, "batch outputs"]:
+    if not bool(jnp.isfinite(f).all()):
+        raise FloatingPointError("outputs are not finite")
+    return f
+
+
+@jax.jit
+def _grams(h: tuple[Columns, ...], x: tuple[Columns, ...], start: Start) -> dict[str, Array]:
+    def products(left: tuple[Columns, ...], right: tuple[Columns, ...]) -> Array:
+        return jnp.stack([mean_products(u, v) for u, v in zip(left, right, strict=True)])
+
+    def change(now: Columns, first: Columns) -> Array:
+        return jnp.mean(jnp.sqrt(jnp.mean((now - first) ** 2, axis=0) / jnp.mean(first**2, axis=0)))
+
+    return {
+        "K_pre": products(h, h),
+        "K_post": products(x, x),
+        "K_pre_cross": products(h, start.h),
+        "K_post_cross": products(x, start.x),
+        "change": jnp.stack([change(now, first) for now, first in zip(h, start.h, strict=True)]),
+    }
