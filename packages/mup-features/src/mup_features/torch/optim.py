@@ -57,7 +57,7 @@ def param_groups(
             group a tensor of its own.
         weight_decay: base decay, >= 0.
         optimizer: the family of the updates: "sgd", "adam", "adamw", "adafactor", "sign" or "muon" (hidden
-            matrices orthogonalised, everything else as Adam).
+            matrices orthogonalised, marked by "use_muon" in their groups; everything else as Adam).
         weight_decay_mode: "constant_product" keeps lr times weight_decay the same in all groups; "raw" leaves
             weight_decay alone.
         form: the form that `apply_mup` was given.
@@ -76,13 +76,14 @@ def param_groups(
 
     Returns:
         Groups with "params", "lr", "weight_decay", "mup_role", "lr_scale", the user's options, and "eps"
-        where it was scaled. Roles with equal numbers share a group; "mup_role" joins them by "+".
+        where epsilon is scaled. Roles with equal numbers share a group; "mup_role" joins them by "+".
 
     Raises:
         ValueError: if a number is out of range, a parameter has no role or is in no or two groups.
     """
     _validate(lr, weight_decay, eps, eps_scaling, optimizer)
     block_names, ratio = _blocks(roles, depth, layers, base_layers, blocks)
+    scaled_eps = eps_scaling or (depth == "linear" and optimizer in _WITH_EPSILON)
     parameters = named_parameters(unwrapped(model))
     names = {id(parameter): name for name, parameter in reversed(parameters.items())}
     built: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -100,17 +101,20 @@ def param_groups(
             seen.add(id(parameter))
             scales = _scales(roles[name], optimizer, form, alignment, weight_decay_mode)
             lr_factor, eps_factor = _depth_factors(depth, ratio if name in block_names else 1.0, optimizer)
+            orthogonalised = optimizer == "muon" and roles[name].kind == "hidden" and roles[name].matrix
             numbers = {
                 "lr_scale": scales.lr * lr_factor,
                 "decay": scales.weight_decay
                 / (lr_factor if weight_decay_mode == "constant_product" else 1.0),
-                "eps": (scales.eps if eps_scaling else 1.0) * eps_factor,
+                "eps": (scales.eps if eps_scaling else 1.0) * eps_factor if scaled_eps else None,
             }
-            if optimizer == "muon" and _orthogonalised(roles[name]):
-                numbers["eps"] = 1.0
-            key = (index, *numbers.values(), optimizer == "muon" and _orthogonalised(roles[name]))
+            if orthogonalised:
+                numbers["eps"] = None
+            key = (index, *numbers.values(), orthogonalised)
             if key not in built:
                 built[key] = _new_group(group, numbers, base_lr, base_decay, base_eps)
+                if optimizer == "muon":
+                    built[key]["use_muon"] = orthogonalised
             built[key]["params"].append(parameter)
             kinds = built[key]["mup_role"]
             if roles[name].kind not in kinds:
@@ -163,7 +167,7 @@ def _validate(lr: Any, weight_decay: Any, eps: Any, eps_scaling: bool, optimizer
     for name, value in (("weight_decay", weight_decay), ("eps", eps)):
         if not (isfinite(value) and value >= 0):
             raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
-    if eps_scaling and optimizer not in ("adam", "adamw", "muon"):
+    if eps_scaling and optimizer not in _WITH_EPSILON:
         raise ValueError(f"eps_scaling needs an Adam optimizer, got {optimizer!r}")
 
 
@@ -220,10 +224,6 @@ def _scales(
     return width_scales(role, optimizer=optimizer, form=form, alignment=alpha, weight_decay_mode=mode)
 
 
-def _orthogonalised(role: Role) -> bool:
-    return role.kind == "hidden" and role.matrix
-
-
 def _members(group: Mapping[str, Any], parameters: Mapping[str, nn.Parameter]) -> list[nn.Parameter]:
     """The parameters of a user's group, given themselves, as pairs with names, or by name."""
     if "params" not in group:
@@ -253,13 +253,13 @@ def _name(parameter: nn.Parameter, names: Mapping[int, str], roles: Mapping[str,
 
 def _new_group(
     group: Mapping[str, Any],
-    numbers: Mapping[str, float],
+    numbers: Mapping[str, Any],
     lr: float | Tensor,
     weight_decay: float,
     eps: float,
 ) -> dict[str, Any]:
     scale = numbers["lr_scale"]
-    built = {key: value for key, value in group.items() if key not in ("params", "eps")}
+    built = {key: value for key, value in group.items() if key != "params"}
     built |= {
         "params": [],
         "lr": lr.detach() * scale if isinstance(lr, Tensor) else lr * scale,
@@ -269,6 +269,9 @@ def _new_group(
     }
     if "initial_lr" in group:
         built["initial_lr"] = group["initial_lr"] * scale
-    if "eps" in group or numbers["eps"] != 1.0:
+    if numbers["eps"] is not None:
         built["eps"] = eps * numbers["eps"]
     return built
+
+
+_WITH_EPSILON = ("adam", "adamw", "muon")
