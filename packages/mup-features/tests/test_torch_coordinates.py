@@ -1,4 +1,4 @@
-"""Coordinate checks of torch models parametrized by hand: muP is flat, the standard parametrization is not."""
+"""Coordinate checks of torch models parametrized by hand: muP is flat, the standard one is not."""
 
 import pytest
 import torch
