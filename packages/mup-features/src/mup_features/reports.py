@@ -228,7 +228,9 @@ def _same_samples(before: FeatureSnapshot, other: FeatureSnapshot) -> None:
         )
     first, second = before.sample_keys, other.sample_keys
     # Keys are float64 sums over float32 inputs; another device may sum in another order.
-    if first is not None and second is not None and not np.allclose(first, second, rtol=1e-6, atol=1e-9):
+    if first is None or second is None:
+        return
+    if first.shape != second.shape or not np.allclose(first, second, rtol=1e-6, atol=1e-9):
         raise ValueError(
             f"snapshot {other.tag!r} must have the samples of {before.tag!r} in their order: the inputs "
             "differ (a loader that shuffles?)"
