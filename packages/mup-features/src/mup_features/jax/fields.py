@@ -76,7 +76,7 @@ class FieldSource(NamedTuple):
         return jax.random.fold_in(jax.random.fold_in(self.key, self.replica), self.population)
 
     def _scrambled(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Direction numbers after a random lower-triangular map, [bits, count], and digital shifts, [count]."""
+        """Direction numbers after a random lower-triangular map, [bits, count]; digital shifts, [count]."""
         entropy = [int(word) for word in np.asarray(jax.random.key_data(self.key)).ravel()]
         bits = max(self.samples.bit_length() - 1, 1)
         plain = _direction_numbers(start + count, bits)[start:]

@@ -34,8 +34,8 @@ def kernel_trajectory(
         scheme: "ntp" or "sp".
         data: what it is trained on.
         steps: steps to record, in order; the last ends the run.
-        record: "f" always; "K" gives the Gram matrices of h and x, equal at all steps; "change" is zero. "G" is
-            left out: backward signals vanish with the width.
+        record: "f" always; "K" gives the Gram matrices of h and x, equal at all steps; "change" is zero. "G"
+            is left out: backward signals vanish with the width.
         batch_key: where batches come from.
 
     Raises:
@@ -43,7 +43,8 @@ def kernel_trajectory(
     """
     if settings.weight_decay:
         raise ValueError(
-            f"weight_decay must be 0 in the {scheme!r} limit, got {settings.weight_decay!r}: it moves the kernel"
+            f"weight_decay must be 0 in the {scheme!r} limit, where it moves the kernel, got "
+            f"{settings.weight_decay!r}"
         )
     names = {activation.name for activation in settings.activations}
     if len(names) > 1:

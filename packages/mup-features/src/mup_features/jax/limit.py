@@ -21,9 +21,10 @@ import numpy as np
 from jaxtyping import ArrayLike, Float, PRNGKeyArray
 from tqdm import tqdm
 
-from ..parametrization import Parametrization
-from . import checkpoint
+from mup_features.parametrization import Parametrization
+
 from .activations import Elementwise
+from .checkpoint import load_state, save_state
 from .fields import MAX_SOBOL_DIMS, FieldSource, Sampler
 from .kernel_run import kernel_trajectory
 from .limit_run import LimitState, Run
@@ -69,7 +70,7 @@ class InfiniteWidthMLP:
         max_rank: largest rank of a basis; None for no bound but memory. Room grows as needed.
         tol: directions shorter than this, relative to the longest vector so far, are dropped. 1e-10 makes the
             error invisible; around 1e-3 many runs need half the directions or less.
-        devices: devices that share the population; None is the default device.
+        devices: jax devices that share the population; None is the default device.
         key: jax.random.key for fields and batches. Numbers do not depend on `devices` beyond rounding.
         method: "limit" (sampling) or "quadrature" (exact, few samples and steps only).
 
@@ -103,7 +104,7 @@ class InfiniteWidthMLP:
         qmc_dims: int | None = None,
         max_rank: int | None = None,
         tol: float = 1e-10,
-        devices: Sequence[jax.Device] | None = None,
+        devices: Sequence[Any] | None = None,
         key: PRNGKeyArray,
         method: Literal["limit", "quadrature"] = "limit",
     ) -> None:
@@ -149,12 +150,12 @@ class InfiniteWidthMLP:
             )
         self.scheme = _scheme(self.settings.parametrization, depth)
         self.method = method
-        self.samples, self.sampler, self.moment_match = samples, sampler, moment_match
+        self.samples, self.moment_match = samples, moment_match
+        self.sampler: Sampler = sampler
         self.qmc_dims = MAX_SOBOL_DIMS if qmc_dims is None else min(qmc_dims, MAX_SOBOL_DIMS)
         self.max_rank, self.tol, self.devices, self.key = max_rank, tol, devices, key
         self.state: LimitState | None = None
         self._run: Run | None = None
-        self._plan: tuple[list[int], int] = ([], 0)
 
     def fit(
         self,
@@ -183,7 +184,8 @@ class InfiniteWidthMLP:
 
         Raises:
             ValueError: for wrong shapes, values that are not finite, or arguments out of range.
-            DivergedError: if outputs leave the finite numbers or a basis `max_rank`; with the trajectory so far.
+            DivergedError: if outputs leave the finite numbers, or a basis `max_rank`; it carries the
+                trajectory so far.
         """
         data = checked_data(self.settings, X, y, X_test)
         recorded_steps(steps, every, record)
@@ -197,9 +199,8 @@ class InfiniteWidthMLP:
             return kernel_trajectory(
                 self.settings, self.scheme, data, recorded_steps(steps, every, record), record, batch_key
             )
-        self._run = self._new_run(data, frozenset(record))
+        self._run = self._new_run(data, frozenset(record), every)
         self.state = self._run.start(CAPACITY)
-        self._plan = (recorded_steps(steps, every, record), every)
         return self._advance(steps, save_to, save_every)
 
     def resume(self, steps: int, *, save_to: str | Path | None = None, save_every: int = 10) -> Trajectory:
@@ -208,13 +209,12 @@ class InfiniteWidthMLP:
         The trajectory holds what an uninterrupted run of that length would have recorded, bit for bit.
 
         Raises:
-            RuntimeError: if nothing was begun or loaded, or a step was interrupted halfway: load the last save.
+            RuntimeError: if nothing was begun or loaded, or a step was interrupted halfway: load a save.
             ValueError: if the state is beyond `steps` already.
             DivergedError: as in `fit`.
         """
-        state = self._begun()
+        _, state = self._begun()
         checked_count("steps", steps, state.step)
-        self._plan = (recorded_steps(steps, self._plan[1], ()), self._plan[1])
         return self._advance(steps, save_to, save_every)
 
     def step(self) -> Float[np.ndarray, "n C"]:
@@ -224,12 +224,10 @@ class InfiniteWidthMLP:
             RuntimeError: as in `resume`.
             DivergedError: as in `fit`.
         """
-        state = self._begun()
-        self._prepare(state, recording=False)
-        run = self._run
-        assert run is not None
+        run, state = self._begun()
+        self._prepare(run, state, recording=state.step % run.every == 0)
         outputs = np.mean([np.asarray(run.outputs(state, r)) for r in range(len(state.replicas))], axis=0)
-        self._apply(state)
+        self._apply(run, state)
         return outputs
 
     def save(self, path: str | Path) -> None:
@@ -238,21 +236,7 @@ class InfiniteWidthMLP:
         Raises:
             RuntimeError: as in `resume`.
         """
-        state, run = self._begun(), self._run
-        assert run is not None
-        records = _merged(state)
-        description = self._description() | {
-            "step": state.step,
-            "prepared": bool(state.prepared),
-            "started": bool(state.starts),
-            "recorded": state.recorded,
-            "names": sorted(records),
-            "every": self._plan[1],
-            "record": sorted(run.record),
-        }
-        data = (run.data.X, run.data.y, run.data.X_test)
-        arrays = [records[name] for name in sorted(records)]
-        checkpoint.write(path, (data, arrays, state.replicas, state.prepared, state.starts), description)
+        save_state(path, *self._begun(), self._description())
 
     def load(self, path: str | Path) -> None:
         """Take up a saved state, with its data; `resume` and `step` go on from there.
@@ -260,82 +244,50 @@ class InfiniteWidthMLP:
         Raises:
             ValueError: if the file is not a state of a model with these settings.
         """
-        description, leaves = checkpoint.read(path)
-        for name, value in self._description().items():
-            if description.get(name) != value:
-                raise ValueError(
-                    f"path must hold a state with {name} = {value!r}, got {description.get(name)!r} in {str(path)!r}"
-                )
-        data = Data(*leaves[:3])
-        run = self._new_run(data, frozenset(description["record"]))
-        names = description["names"]
-        arrays = dict(zip(names, leaves[3 : 3 + len(names)], strict=True))
-        skeleton = run.skeleton(description["prepared"], description["started"])
-        kinds, structure = jax.tree.flatten(skeleton)
-        rest = leaves[3 + len(names) :]
-        if len(rest) != len(kinds):
-            raise ValueError(f"path must hold {len(kinds)} arrays of state, got {len(rest)} in {str(path)!r}")
-        placed = [self._placed(kind, leaf) for kind, leaf in zip(kinds, rest, strict=True)]
-        replicas, prepared, starts = jax.tree.unflatten(structure, placed)
-        recorded = description["recorded"]
-        records = [
-            [{name: arrays[name][r, t] for name in names} for r in range(self.settings.replicas)]
-            for t in range(len(recorded))
-        ]
-        self.state = LimitState(description["step"], replicas, prepared, starts, list(recorded), records)
-        self._run, self._plan = run, ([], description["every"])
-
-    def _placed(self, kind: Any, leaf: np.ndarray) -> Any:
-        if isinstance(kind, (int, float)):
-            return type(kind)(leaf)
-        on_points = leaf.ndim == 2 and leaf.shape[0] == self.samples
-        return jax.device_put(leaf, self._sharding() if on_points else None)
+        self._run, self.state = load_state(path, self._new_run, self._description(), self._sharding())
 
     def _advance(self, steps: int, save_to: str | Path | None, save_every: int) -> Trajectory:
-        state = self._begun()
+        run, state = self._begun()
+        recorded = recorded_steps(steps, run.every, ())
         with tqdm(
             total=steps, initial=state.step, desc="limit", unit="step", disable=None, leave=False
         ) as bar:
             while True:
-                self._prepare(state, recording=state.step in self._plan[0])
+                self._prepare(run, state, recording=state.step in recorded)
                 if state.step == steps:
                     break
-                self._apply(state)
+                self._apply(run, state)
                 bar.update()
                 if save_to is not None and state.step % save_every == 0:
                     self.save(save_to)
         if save_to is not None:
             self.save(save_to)
-        return self._trajectory(state)
+        return self._trajectory(state, recorded)
 
-    def _prepare(self, state: LimitState, *, recording: bool) -> None:
-        run = self._run
-        assert run is not None
+    def _prepare(self, run: Run, state: LimitState, *, recording: bool) -> None:
         self.state = None  # buffers are reused in place: what an interruption leaves is no state
         try:
             run.prepare(state, recording)
         except (FloatingPointError, RankError) as error:
-            before = self._trajectory(state) if state.recorded else None
+            before = self._trajectory(state, state.recorded) if state.recorded else None
             raise DivergedError(f"step {state.step}: {error} (lr={self.settings.lr})", before) from error
         self.state = state
 
-    def _apply(self, state: LimitState) -> None:
-        assert self._run is not None
+    def _apply(self, run: Run, state: LimitState) -> None:
         self.state = None
-        self._run.apply(state)
+        run.apply(state)
         self.state = state
 
-    def _begun(self) -> LimitState:
+    def _begun(self) -> tuple[Run, LimitState]:
         if self.state is None or self._run is None:
             raise RuntimeError("there is no state to go on from: call fit, or load a save")
-        return self.state
+        return self._run, self.state
 
-    def _trajectory(self, state: LimitState) -> Trajectory:
-        keep = [k for k, step in enumerate(state.recorded) if step in self._plan[0]]
-        steps = np.asarray([state.recorded[k] for k in keep])
-        merged = {name: values[:, keep] for name, values in _merged(state).items()}
+    def _trajectory(self, state: LimitState, steps: Sequence[int]) -> Trajectory:
+        kept = [number for number, step in enumerate(state.recorded) if step in steps]
+        merged = {name: values[:, kept] for name, values in state.merged().items()}
         rates = np.asarray([self.settings.rate(t) for t in range(state.step)])
-        return Trajectory(steps, "limit", merged, rates)
+        return Trajectory(np.asarray([state.recorded[number] for number in kept]), "limit", merged, rates)
 
     def _sharding(self) -> jax.sharding.Sharding | None:
         if self.devices is None:
@@ -343,7 +295,7 @@ class InfiniteWidthMLP:
         mesh = jax.sharding.Mesh(np.asarray(self.devices), ("population",))
         return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("population"))
 
-    def _new_run(self, data: Data, record: frozenset[str]) -> Run:
+    def _new_run(self, data: Data, record: frozenset[str], every: int) -> Run:
         chosen, depth = self.settings, self.settings.depth
         table = chosen.parametrization
         deviations = np.sqrt(table.variances(1, depth, input_dim=chosen.input_dim))
@@ -362,15 +314,16 @@ class InfiniteWidthMLP:
         sharding = self._sharding()
         sources = [
             tuple(
-                FieldSource(self.key, r, l, self.samples, self.sampler, self.qmc_dims, sharding)
-                for l in range(depth)
+                FieldSource(self.key, r, population, self.samples, self.sampler, self.qmc_dims, sharding)
+                for population in range(depth)
             )
             for r in range(chosen.replicas)
         ]
         first = None
         if table.name == "ip_llr":
             straight = [
-                a if l == 0 or a.homogeneous else a.linearised() for l, a in enumerate(chosen.activations)
+                a if number == 0 or a.homogeneous else a.linearised()
+                for number, a in enumerate(chosen.activations)
             ]
             first = layers._replace(
                 phi=tuple(a.phi for a in straight),
@@ -378,7 +331,7 @@ class InfiniteWidthMLP:
                 initial_products=True,
             )
         batch_key, _ = jax.random.split(self.key)
-        return Run(chosen, layers, sources, data, record, batch_key, first)
+        return Run(chosen, layers, sources, data, record, every, batch_key, first)
 
     def _description(self) -> dict[str, Any]:
         chosen = self.settings
@@ -408,7 +361,8 @@ def _scheme(parametrization: Parametrization, depth: int) -> str:
     """
     if parametrization.base_width is not None:
         raise ValueError(
-            f"parametrization must have base_width=None in the limit, got base_width={parametrization.base_width!r}"
+            "parametrization must have base_width=None in the limit, got base_width="
+            f"{parametrization.base_width!r}"
         )
     found = parametrization.layer_exponents(depth)
     for name in ("mup", "ip", "ntp", "sp"):
@@ -418,13 +372,3 @@ def _scheme(parametrization: Parametrization, depth: int) -> str:
         "parametrization must have the exponents of mup, ip, ntp or sp to have a limit here, got "
         f"{parametrization.name!r}; WidthSimulator takes any"
     )
-
-
-def _merged(state: LimitState) -> dict[str, np.ndarray]:
-    """Records as name -> [replicas, recorded steps, ...]."""
-    if not state.records:
-        return {}
-    return {
-        name: np.stack([np.stack([replica[name] for replica in step]) for step in state.records], axis=1)
-        for name in state.records[0][0]
-    }

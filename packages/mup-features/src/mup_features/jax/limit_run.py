@@ -6,7 +6,7 @@ exactly as a longer run would have done, so that a run can be taken up again bit
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +69,15 @@ class LimitState:
     recorded: list[int] = field(default_factory=list)
     records: list[list[Record]] = field(default_factory=list)
 
+    def merged(self) -> dict[str, np.ndarray]:
+        """Records as name -> [replicas, recorded steps, ...]."""
+        if not self.records:
+            return {}
+        return {
+            name: np.stack([np.stack([replica[name] for replica in step]) for step in self.records], axis=1)
+            for name in self.records[0][0]
+        }
+
 
 class Run:
     """The plan of a run; all that changes is in its LimitState.
@@ -79,6 +88,7 @@ class Run:
         sources: fields of each replica and population.
         data: what it is trained on.
         record: what to record of "f", "K", "G", "change".
+        every: number of steps between records.
         batch_key: where batches come from.
         first_step: under `ip_llr`, the layers of the first pass.
     """
@@ -90,11 +100,12 @@ class Run:
         sources: list[tuple[FieldSource, ...]],
         data: Data,
         record: frozenset[str],
+        every: int,
         batch_key: PRNGKeyArray,
         first_step: Layers | None,
     ) -> None:
         self.settings, self.layers, self.sources, self.data = settings, layers, sources, data
-        self.record, self.batch_key, self.first_step = record, batch_key, first_step
+        self.record, self.every, self.batch_key, self.first_step = record, every, batch_key, first_step
         coordinates = jnp.asarray(data.coordinates().T)
         self.samples = len(data.X)
         self.train, self.test = coordinates[:, : self.samples], coordinates[:, self.samples :]
@@ -123,7 +134,7 @@ class Run:
             replica = state.replicas[number]
             start = state.starts[number] if state.starts else None
             if self.first_step is not None and state.step == 0:
-                step = self._first(replica, source, batch, recording)
+                step = self._first(self.first_step, replica, source, batch, recording)
             else:
                 step = self._usual(replica, source, batch, recording, start)
             state.replicas[number] = step.replica
@@ -159,12 +170,14 @@ class Run:
     def skeleton(self, prepared: bool, started: bool) -> tuple[list[Replica], list[Prepared], list[Start]]:
         """The tree of a state without its arrays, for reading one: numbers stand where numbers belong."""
         L, R = self.layers.depth, len(self.sources)
-        array = np.zeros(0)
+        array: Any = np.zeros(0)
         basis = Basis(array, array, 0, array)
         biases = (array,) * L if self.layers.bias_std else ()
         matrices = (Matrix(basis, basis, array, array, 0.0),) * (L - 1)
-        six = (array,) * 6
-        replica = Replica(*six, biases, biases, biases, matrices, (0.0,) * (L - 1), (0,) * L)
+        numbers = (0.0,) * (L - 1), (0,) * L
+        replica = Replica(
+            array, array, array, array, array, array, biases, biases, biases, matrices, *numbers
+        )
         layers, inner = (array,) * L, (array,) * (L - 1)
         step = Prepared(Signals(layers, layers, inner), Backward(layers, inner), array)
         return [replica] * R, [step] * (R if prepared else 0), [Start(layers, layers)] * (R if started else 0)
@@ -196,10 +209,14 @@ class Run:
         return _Step(replica, Prepared(signals, back, chi), record, start)
 
     def _first(
-        self, replica: Replica, source: tuple[FieldSource, ...], batch: Int[Array, " batch"], recording: bool
+        self,
+        layers: Layers,
+        replica: Replica,
+        source: tuple[FieldSource, ...],
+        batch: Int[Array, " batch"],
+        recording: bool,
     ) -> "_Step":
-        """The first step of `ip_llr`: what is seen is IP at its start, what moves is a linearised muP pass."""
-        assert self.first_step is not None
+        """The first step of `ip_llr`: seen is IP at its start, what moves is a pass of linearised muP."""
         vanished = replica._replace(matrices=tuple(m._replace(scale=0.0) for m in replica.matrices))
         fresh = Fresh(self.layers, source, replica)
         seen, _ = forward(self.layers, vanished, self.train, fresh, keep=False)
@@ -212,13 +229,13 @@ class Run:
                 record["f_test"] = np.asarray(outputs(replica, onlooker))
             if "G" in self.record:
                 chi = self.settings.loss.chi(f[batch], self.y[batch])
-                part = Signals(*(tuple(c[:, batch] for c in columns) for columns in (seen.h, seen.x)), ())
+                part = Signals(_chosen(seen.h, batch), _chosen(seen.x, batch), ())
                 back, _ = backward(self.layers, vanished, part, chi, fresh, keep=False)
                 record["G"] = self._signal_grams(back, batch)
-        fresh = Fresh(self.first_step, source, replica)
-        signals, replica = forward(self.first_step, replica, self.train[:, batch], fresh, keep=True)
+        fresh = Fresh(layers, source, replica)
+        signals, replica = forward(layers, replica, self.train[:, batch], fresh, keep=True)
         chi = self.settings.loss.chi(f[batch], self.y[batch])
-        back, replica = backward(self.first_step, replica, signals, chi, fresh, keep=True)
+        back, replica = backward(layers, replica, signals, chi, fresh, keep=True)
         return _Step(replica, Prepared(signals, back, chi), record, Start(seen.h, seen.x))
 
     def _look(
@@ -253,6 +270,10 @@ class _Step(NamedTuple):
     prepared: Prepared
     record: Record
     start: Start | None
+
+
+def _chosen(columns: tuple[Columns, ...], batch: Int[Array, " batch"]) -> tuple[Columns, ...]:
+    return tuple(part[:, batch] for part in columns)
 
 
 def _finite(f: Float[Array, "batch outputs"]) -> Float[Array, "batch outputs"]:

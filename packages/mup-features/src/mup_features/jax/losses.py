@@ -1,4 +1,4 @@
-"""Losses and their derivatives with respect to the outputs: chi_t(i) = d loss / d f_t(xi_i), spec section c3."""
+"""Losses and their derivatives with respect to the outputs: chi_t(i) = d loss / d f_t(xi_i), section c3."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -10,8 +10,8 @@ The first two terms are the Gaussian part Zhat; the last is Zdot, by Stein's lem
 through the products W^T y made before, and <x, GY_m> is the mean derivative. No derivative is formed and,
 because QY is orthonormal, nothing is ill conditioned. The transpose is the mirror image.
 
-Learned parts live in the same bases: W_t = w W_0 - QY A QX^T with a small matrix A, because gradients of W are
-sums of b x^T with b in the span of QY and x in that of QX. History needs no storage of its own.
+Learned parts live in the same bases: W_t = w W_0 - QY A QX^T with a small matrix A, because gradients of W
+are sums of b x^T with b in the span of QY and x in that of QX. History needs no storage of its own.
 
 Source: Yang 2020 (arXiv 2009.10685, the Z^{Wx} rules); spec section c4.
 """
@@ -27,7 +27,7 @@ from jaxtyping import Array, Float
 from .fields import Columns, inverse_transpose, mean_products
 
 ROUND = 1e-6
-"""A round of orthonormalisation takes directions down to this share of the largest: it loses as many digits."""
+"""A round of orthonormalisation takes directions down to this share of the largest; so many digits it loses."""
 
 __all__ = ["Basis", "Matrix", "Product", "empty_basis", "grown", "product", "record_update"]
 
@@ -90,7 +90,7 @@ def empty_basis(like_argument: Columns, like_result: Columns, capacity: int) -> 
 
 
 def grown(matrix: Matrix, columns: int) -> Matrix:
-    """The matrix with room for that many more directions on both sides, at least half as many again as before.
+    """The matrix with room for that many more directions on both sides, at least half as many as before.
 
     Room grows in few, large steps: each new shape is compiled anew.
     """
@@ -103,9 +103,10 @@ def grown(matrix: Matrix, columns: int) -> Matrix:
                 _padded(basis.q, room + more), _padded(basis.g, room + more), basis.rank, basis.longest
             )
         sides.append(basis)
-    shape = (sides[1].q.shape[1], sides[0].q.shape[1])
+    x, y = sides
+    shape = (y.q.shape[1], x.q.shape[1])
     missing = [(0, new - old) for new, old in zip(shape, matrix.learned.shape, strict=True)]
-    return Matrix(*sides, jnp.pad(matrix.learned, missing), jnp.pad(matrix.velocity, missing), matrix.scale)
+    return Matrix(x, y, jnp.pad(matrix.learned, missing), jnp.pad(matrix.velocity, missing), matrix.scale)
 
 
 def product(
@@ -124,10 +125,10 @@ def product(
         x: [M, B] on the population of the argument.
         transpose: whether W^T is meant.
         fresh: gives that many fresh fields on the population of the result, beside those of this side.
-        tol: directions shorter than this, relative to the longest argument so far, are dropped. Not to x itself:
-            backward signals shrink as training converges, and what they move shrinks with them.
-        extend: whether the basis keeps the new directions. Without, the product is that of an onlooker: it has
-            the right law, and the matrix does not remember it.
+        tol: directions shorter than this, relative to the longest argument so far, are dropped. Not to x
+            itself: backward signals shrink as training converges, and what they move shrinks with them.
+        extend: whether the basis keeps the new directions. Without, the product is that of an onlooker: it
+            has the right law, and the matrix does not remember it.
     """
     near, far = (matrix.y, matrix.x) if transpose else (matrix.x, matrix.y)
     learned = matrix.learned if transpose else matrix.learned.T

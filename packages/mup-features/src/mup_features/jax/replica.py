@@ -131,18 +131,18 @@ def new_replica(
 
     readout_fields = draw(layers.depth - 1, outputs)
     first_fields = draw(0, inputs)
-    bias_fields = tuple(draw(l, 1) for l in range(layers.depth)) if layers.bias_std else ()
+    bias_fields = tuple(draw(layer, 1) for layer in range(layers.depth)) if layers.bias_std else ()
     first, readout = layers.sigma[0] * first_fields, layers.mean + layers.sigma[-1] * readout_fields
     like = [source.draw(0, 1) for source in sources]
     matrices = tuple(
         Matrix(
-            empty_basis(like[l - 1], like[l], capacity),
-            empty_basis(like[l], like[l - 1], capacity),
+            empty_basis(like[layer - 1], like[layer], capacity),
+            empty_basis(like[layer], like[layer - 1], capacity),
             jnp.zeros((capacity, capacity)),
             jnp.zeros((capacity, capacity)),
-            layers.sigma[l] if layers.initial_products else 0.0,
+            layers.sigma[layer] if layers.initial_products else 0.0,
         )
-        for l in range(1, layers.depth)
+        for layer in range(1, layers.depth)
     )
     return Replica(
         first,
@@ -211,25 +211,25 @@ def forward(
     h = [_plus(_first_layer(replica.first, coordinates), replica.biases[:1])]
     x = [layers.phi[0](h[0])]
     coefficients = []
-    for l in range(1, layers.depth):
+    for layer in range(1, layers.depth):
         if keep:
-            matrices[l - 1] = grown(matrices[l - 1], 2 * x[-1].shape[1])
+            matrices[layer - 1] = grown(matrices[layer - 1], 2 * x[-1].shape[1])
         made = product(
-            matrices[l - 1],
+            matrices[layer - 1],
             x[-1],
             transpose=False,
-            fresh=fresh.on(l, _other_fields(layers, replica, matrices, l, l - 1), keep),
+            fresh=fresh.on(layer, _other_fields(layers, replica, matrices, layer, layer - 1), keep),
             tol=layers.tol,
             extend=keep,
         )
-        matrices[l - 1] = matrices[l - 1]._replace(x=made.basis)
-        _check_rank(layers, made.basis.rank, l)
+        matrices[layer - 1] = matrices[layer - 1]._replace(x=made.basis)
+        _check_rank(layers, made.basis.rank, layer)
         coefficients.append(made.coefficients)
-        value = _plus(made.value, replica.biases[l : l + 1])
-        if replica.means[l - 1]:
-            value = value + replica.means[l - 1] * jnp.mean(x[-1], axis=0)
+        value = _plus(made.value, replica.biases[layer : layer + 1])
+        if replica.means[layer - 1]:
+            value = value + replica.means[layer - 1] * jnp.mean(x[-1], axis=0)
         h.append(value)
-        x.append(layers.phi[l](value))
+        x.append(layers.phi[layer](value))
     replica = replica._replace(matrices=tuple(matrices))
     if keep:
         replica = replica._replace(fields_used=tuple(fresh.used))
@@ -262,22 +262,22 @@ def backward(
     last = layers.depth - 1
     b = [_through(layers.dphi[last], replica.readout @ chi.T, signals.h[last])]
     coefficients = []
-    for l in range(last, 0, -1):
+    for layer in range(last, 0, -1):
         made = product(
-            matrices[l - 1],
+            matrices[layer - 1],
             b[0],
             transpose=True,
-            fresh=fresh.on(l - 1, _other_fields(layers, replica, matrices, l - 1, l - 1), keep),
+            fresh=fresh.on(layer - 1, _other_fields(layers, replica, matrices, layer - 1, layer - 1), keep),
             tol=layers.tol,
             extend=keep,
         )
-        matrices[l - 1] = matrices[l - 1]._replace(y=made.basis)
-        _check_rank(layers, made.basis.rank, l)
+        matrices[layer - 1] = matrices[layer - 1]._replace(y=made.basis)
+        _check_rank(layers, made.basis.rank, layer)
         coefficients.insert(0, made.coefficients)
         value = made.value
-        if replica.means[l - 1]:
-            value = value + replica.means[l - 1] * jnp.mean(b[0], axis=0)
-        b.insert(0, _through(layers.dphi[l - 1], value, signals.h[l - 1]))
+        if replica.means[layer - 1]:
+            value = value + replica.means[layer - 1] * jnp.mean(b[0], axis=0)
+        b.insert(0, _through(layers.dphi[layer - 1], value, signals.h[layer - 1]))
     if keep:
         replica = replica._replace(matrices=tuple(matrices), fields_used=tuple(fresh.used))
     return Backward(tuple(b), tuple(coefficients)), replica
@@ -356,7 +356,8 @@ def _other_fields(
 def _check_rank(layers: Layers, rank: int, layer: int) -> None:
     if layers.max_rank is not None and rank > layers.max_rank:
         raise RankError(
-            f"W^{layer + 1} has met {rank} directions, more than max_rank={layers.max_rank}: raise max_rank or tol"
+            f"W^{layer + 1} has met {rank} directions, more than max_rank={layers.max_rank}: "
+            "raise max_rank or tol"
         )
 
 

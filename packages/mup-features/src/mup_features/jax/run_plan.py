@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
-from ..parametrization import Parametrization
+from mup_features.parametrization import Parametrization
+
 from .activations import Activation, Elementwise, resolve
 from .losses import Loss, Reduction, SampleLoss, resolve_loss
 
@@ -118,8 +119,10 @@ def settings(
         raise ValueError(f"momentum must be in [0, 1), got {momentum!r}")
     if not (np.isfinite(weight_decay) and weight_decay >= 0):
         raise ValueError(f"weight_decay must be finite and >= 0, got {weight_decay!r}")
-    several = isinstance(activation, Sequence) and not isinstance(activation, str)
-    names = tuple(activation) if several else (activation,) * depth
+    if isinstance(activation, Sequence) and not isinstance(activation, str):
+        names = tuple(activation)
+    else:
+        names = (activation,) * depth
     if len(names) != depth:
         raise ValueError(f"activation must be one or depth = {depth} of them, got {len(names)}")
     activations = tuple(resolve(name) for name in names)
@@ -129,8 +132,8 @@ def settings(
         raise ValueError(f"sigma must be left to the Parametrization given, got {sigma!r}")
     if parametrization.optimizer != "sgd":
         raise NotImplementedError(
-            f"parametrization must be that of SGD, got optimizer {parametrization.optimizer!r}: Adam has no such "
-            "closed form; train real networks of several widths instead, mup_features.torch scales them"
+            f"parametrization must be that of SGD, got optimizer {parametrization.optimizer!r}: Adam has no "
+            "such closed form; train real networks of several widths instead, mup_features.torch scales them"
         )
     if parametrization.name == "ip_llr" and any(a.at_zero != 0 for a in activations):
         raise ValueError(f"activation must have phi(0) = 0 for 'ip_llr', got {names!r}")

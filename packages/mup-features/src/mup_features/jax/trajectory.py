@@ -39,7 +39,7 @@ def joint_gram(
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Quantities at the recorded steps: T of them, N training samples, C outputs, L hidden layers, R replicas.
+    """Quantities at T recorded steps: N training samples, C outputs, L hidden layers, R replicas.
 
     Attributes:
         steps: [T], the number of updates made before each record.
@@ -95,7 +95,7 @@ class Trajectory:
 
     @property
     def K_pre(self) -> Float[np.ndarray, "L T N N"]:  # noqa: N802
-        """Gram matrices of the pre-activations, <h^l_t(i), h^l_t(j)>; `K_pre[l - 1][t]` is that of layer l."""
+        """Gram matrices of pre-activations, <h^l_t(i), h^l_t(j)>; `K_pre[l - 1][t]` is that of layer l."""
         return np.swapaxes(self.mean("K_pre"), 0, 1)
 
     @property
@@ -114,7 +114,7 @@ class Trajectory:
         return np.swapaxes(self.mean("change"), 0, 1)
 
     def min_eig(self, name: str = "K_post") -> tuple[Float[np.ndarray, "L T"], Float[np.ndarray, "L T"]]:
-        """Smallest eigenvalue of the mean Gram matrix of each layer and step, and its jackknife standard error.
+        """Smallest eigenvalue of the mean Gram matrix of each layer and step, and its jackknife error.
 
         The mean matrix is used because the smallest eigenvalue is concave: that of a noisy matrix is too low.
         """
