@@ -1,0 +1,490 @@
+"""The claims of "Global Convergence and Rich Feature Learning ... under muP" (Chen et al. 2025), measured.
+
+C1-C3  Features under SP, NTP, IP and muP over width: how far they move, how diverse they stay, and both.
+C4     Theorem 4.5 in the limit itself: features of distinct inputs stay linearly independent.
+C5     Corollary 4.6: training ends at a global minimum; the certificate holds at every step.
+C6, C7 Finite networks approach the limits: muP's by sampling, those of NTP and SP by their kernels.
+C8     The best learning rate does not move with width.
+C9     The regime of every parametrization, and IP with three hidden layers.
+
+Data are scikit-learn's digits, two points for C6 and C7 at quick scale, CIFAR-10 for C1-C3 and C5 at full
+scale. Networks train in float64 by full-batch gradient descent. The neighbours hold the parts: `sizes.py`,
+`digit_sets.py` and `cifar.py` (data), `networks.py` (real networks), `scheme_measures.py` (C1-C3),
+`transfer_runs.py` (C8), `charts.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import charts
+import jax
+import numpy as np
+import scheme_measures
+import transfer_runs
+from digit_sets import TWO_POINTS, few_digits
+from networks import train
+from sizes import CONVERGENCE, DIVERSITY, KERNEL, MINIMUM, SCHEMES, TRANSFER, Kernel, at_scale
+from stage import float64
+
+from mup_features import check_independence, classify, global_min_certificate
+from mup_features.jax.kernels import KernelGD, limiting_kernel
+from mup_features.jax.limit import InfiniteWidthMLP
+from mup_features.jax.trajectory import Trajectory
+from mup_features.jax.width import WidthSimulator
+from mup_features.spectra import gram
+from tenfold_tools.claims import Criterion, Measurement, Number, Run, Verdict, above, below, claim, within
+
+PAPER = "Chen et al. 2025 (arXiv 2503.09565)"
+SCHEME_SEED = 0  # of C1, C2 and C3, which look at the same networks
+
+# ----------------------------------------------------------------------------- features of four schemes
+
+
+@claim(
+    "C1",
+    sentence="Features move by a share that does not fall with width under muP, and falls as 1/sqrt(n) under "
+    "SP and NTP.",
+    source=f"{PAPER}, section 5, feature change",
+    required_from="quick",
+    seeds={"quick": 5, "laptop": 5, "full": 5},
+    first_seed=SCHEME_SEED,
+)
+def features_move_only_under_mup(run: Run) -> Measurement:
+    size = at_scale(SCHEMES, run.scale)
+    measured = scheme_measures.at(run, size)
+    slopes = {
+        name: scheme_measures.slope(f"slope of log change over log n, {name}", size.widths, values)
+        for name, values in measured.change.items()
+    }
+    return Measurement(
+        numbers=[*slopes.values(), *scheme_measures.numbers("change", size.widths, measured.change)],
+        criteria=[
+            within(slopes["mup"], -0.15, 0.1),
+            *(within(slopes[name], -0.65, -0.35) for name in ("sp", "ntp")),
+        ],
+        configurations=[asdict(size) | {"lr": scheme_measures.LR}],
+        figures=[
+            charts.versus_width(
+                "Change of the last hidden features", "change", size.widths, measured.change, measured.limits
+            )
+        ],
+        note="Mean over samples of |h_T - h_0| / |h_0|, last hidden layer. Under IP |h_0| vanishes, so its "
+        f"relative change explodes; unnormalised it is {measured.moved_under_ip:.2g} at the largest width.",
+    )
+
+
+@claim(
+    "C2",
+    sentence="Features stay diverse under muP, SP and NTP and collapse under IP.",
+    source=f"{PAPER}, section 5, smallest eigenvalue of the features' Gram matrix",
+    required_from="quick",
+    seeds={"quick": 5, "laptop": 5, "full": 5},
+    first_seed=SCHEME_SEED,
+)
+def features_collapse_only_under_ip(run: Run) -> Measurement:
+    size = at_scale(SCHEMES, run.scale)
+    measured = scheme_measures.at(run, size)
+    ratios = {
+        name: scheme_measures.log10_ratio(f"log10 of lambda_min over that of IP, {name}", values)
+        for name, values in scheme_measures.against(measured.lambda_min, "ip")
+    }
+    return Measurement(
+        numbers=[*ratios.values(), *scheme_measures.numbers("lambda_min", size.widths, measured.lambda_min)],
+        criteria=[above(number, 2.0) for number in ratios.values()],
+        configurations=[asdict(size) | {"lr": scheme_measures.LR}],
+        figures=[
+            charts.versus_width(
+                "Smallest eigenvalue of the features' Gram matrix",
+                "lambda_min(K)",
+                size.widths,
+                measured.lambda_min,
+                measured.limits,
+            )
+        ],
+        note="Ratios are between networks of the largest width with the same seed, post-activations of the "
+        "last hidden layer; the factor 100 of the criterion is 2 in log10.",
+    )
+
+
+@claim(
+    "C3",
+    sentence="Only under muP are features both far from where they began and diverse.",
+    source=f"{PAPER}, section 5, joint space-time Gram matrix",
+    required_from="quick",
+    seeds={"quick": 5, "laptop": 5, "full": 5},
+    first_seed=SCHEME_SEED,
+)
+def only_mup_is_rich_in_space_and_time(run: Run) -> Measurement:
+    size = at_scale(SCHEMES, run.scale)
+    measured = scheme_measures.at(run, size)
+    ratios = {
+        name: scheme_measures.log10_ratio(f"log10 of joint lambda_min of muP over {name}", values)
+        for name, values in scheme_measures.under(measured.joint, "mup")
+    }
+    growth = {
+        name: Number.mean(
+            f"log10 growth from width 256 to {size.widths[-1]}, {name}",
+            np.log10(values[-1] / values[size.widths.index(256)]),
+        )
+        for name, values in measured.joint.items()
+        if name != "ip"
+    }
+    return Measurement(
+        numbers=[
+            *ratios.values(),
+            *growth.values(),
+            *scheme_measures.numbers("joint lambda_min", size.widths, measured.joint),
+        ],
+        criteria=[
+            *(above(number, 1.0) for number in ratios.values()),
+            *(below(growth[name], 0.0) for name in ("sp", "ntp")),
+            above(growth["mup"], 0.0),
+        ],
+        configurations=[asdict(size) | {"lr": scheme_measures.LR}],
+        figures=[
+            charts.versus_width(
+                "Smallest eigenvalue of the joint Gram matrix of features before and after",
+                "joint lambda_min",
+                size.widths,
+                measured.joint,
+                measured.limits,
+            )
+        ],
+        note="Pre-activations of the last hidden layer at steps 0 and T. Width 64 has n = 2N, where the "
+        "joint matrix is nearly singular by chance; it is drawn and not judged.",
+    )
+
+
+# ------------------------------------------------------------------------------------------ in the limit
+
+
+@claim(
+    "C4",
+    sentence="At infinite width features of distinct inputs are linearly independent at every step.",
+    source=f"{PAPER}, Theorem 4.5",
+    required_from="quick",
+    first_seed=400,
+)
+def features_stay_independent_in_the_limit(run: Run) -> Measurement:
+    size = at_scale(DIVERSITY, run.scale)
+    X, Y = few_digits(size.per_class, size.classes)
+    numbers, criteria, curves = [], [], {}
+    for name, lr in run.track([*size.judged, *size.reported], "activations"):
+        with float64():
+            made = InfiniteWidthMLP(
+                depth=size.depth,
+                activation=name,
+                input_dim=X.shape[1],
+                output_dim=Y.shape[1],
+                lr=lr,
+                samples=size.samples,
+                replicas=size.replicas,
+                tol=size.tol,
+                key=jax.random.key(run.seeds[0]),
+            ).fit(X, Y, size.steps, record=("f", "K"))
+        errors = {kind: made.min_eig(kind) for kind in ("K_pre", "K_post")}
+        report = check_independence(
+            made.K_pre,
+            made.K_post,
+            int(np.linalg.matrix_rank(X)),
+            {kind: error for kind, (_, error) in errors.items()},
+        )
+        smallest = report.smallest
+        number = Number(
+            f"smallest lambda_min over its threshold, {name}", smallest.value / smallest.threshold
+        )
+        numbers += [number, Number(f"final loss, {name}", made.loss[-1])]
+        curves[name] = errors["K_post"][0][-1]
+        if (name, lr) in size.judged:
+            verdict = Verdict.PASS if report.holds else Verdict.FAIL
+            if not report.holds and not any(entry.status == "dependent" for entry in report.failures):
+                verdict = Verdict.INCONCLUSIVE
+            text = f"{name}: lambda_min > 5 standard errors in every layer at {len(made.steps)} steps"
+            criteria.append(Criterion(f"{text}; {number.text(1.0)}", verdict))
+    return Measurement(
+        numbers=numbers,
+        criteria=criteria,
+        configurations=[asdict(size)],
+        figures=[charts.over_steps("lambda_min(K) of the last hidden layer at infinite width", curves)],
+        note="Thresholds are 5 jackknife standard errors over replicas, or rounding if that is larger. First "
+        "pre-activations are linear in the inputs and exempt where the inputs are dependent.",
+    )
+
+
+# ----------------------------------------------------------------------------------------- global minima
+
+
+@claim(
+    "C5",
+    sentence="Under muP training reaches a global minimum, certified at every step by the gradient alone.",
+    source=f"{PAPER}, Corollary 4.6; certificate: spec c6",
+    required_from="quick",
+    seeds={"quick": 1, "laptop": 5, "full": 5},
+    first_seed=500,
+)
+def training_ends_at_a_certified_global_minimum(run: Run) -> Measurement:
+    size = at_scale(MINIMUM, run.scale)
+    X, Y = few_digits(4, 8)
+    numbers, criteria, losses = [], [], {}
+    for width in size.widths:
+        curve, slack = [], []
+        moments = train("mup", width, X, Y, depth=size.depth, lr=4.0, steps=size.steps, seeds=run.seeds)
+        for moment in run.track(moments, f"width {width}"):
+            curve.append(moment.loss.numpy())
+            for seed in range(len(run.seeds)):
+                K = gram(moment.x[-1][seed].numpy())
+                chi = (moment.f[seed].numpy() - Y) / len(X)
+                made = global_min_certificate(K, chi, "mean", float(moment.readout_grad_sq[seed]))
+                slack.append(made.bound / made.value if made.certifiable else np.inf)
+        curve = np.stack(curve)
+        losses[f"width {width}"] = curve
+        numbers += [
+            Number(
+                f"largest loss at the end over that at the start, width {width}", (curve[-1] / curve[0]).max()
+            ),
+            Number(f"smallest bound over loss, width {width}", min(slack)),
+            Number(f"share of steps certified, width {width}", np.isfinite(slack).mean()),
+        ]
+        criteria += [below(numbers[-3], 1e-6), above(numbers[-2], 1.0 - 1e-9)]
+    return Measurement(
+        numbers=numbers,
+        criteria=criteria,
+        configurations=[asdict(size) | {"lr": 4.0, "samples": len(X)}],
+        figures=[charts.losses("Training loss under muP", losses)],
+        note="All seeds must get there: the largest over seeds is judged. The certificate bounds the loss by "
+        "the readout's gradient and lambda_min(K); it is exact mathematics, so only rounding may break it.",
+    )
+
+
+# --------------------------------------------------------------------------------- towards the limits
+
+
+@claim(
+    "C6",
+    sentence="Outputs of muP networks approach the limit as 1/sqrt(n).",
+    source="Yang and Hu 2021 (arXiv 2011.14522); spec claim 6",
+    required_from="quick",
+    first_seed=600,
+)
+def networks_approach_the_limit(run: Run) -> Measurement:
+    size = at_scale(CONVERGENCE, run.scale)
+    X, y = TWO_POINTS
+    key, *keys = jax.random.split(jax.random.key(run.seeds[0]), 1 + len(size.widths))
+    common = {"depth": size.depth, "input_dim": 2, "lr": 0.3, "reduction": "sum"}
+    with float64():
+        limit = InfiniteWidthMLP(samples=size.samples, replicas=size.replicas, key=key, **common).fit(
+            X, y, size.steps, record=("f",)
+        )
+        errors = []
+        for width, own in run.track(list(zip(size.widths, keys, strict=True)), "widths"):
+            made = WidthSimulator(width, replicas=size.seeds, key=own, **common).fit(
+                X, y, size.steps, record=("f",)
+            )
+            errors.append(np.sqrt(((made.replicas["f"][:, -1] - limit.f[-1]) ** 2).mean(axis=(1, 2))))
+    rows = np.stack(errors)  # [widths, seeds]
+    rmse = np.sqrt((rows**2).mean(axis=1))
+    slope = _slope_of_rmse(size.widths, rows)
+    noise = Number(
+        "standard error of the limit over the smallest RMSE", limit.stderr("f")[-1].max() / rmse.min()
+    )
+    return Measurement(
+        numbers=[
+            slope,
+            *(
+                Number(f"RMSE of f_T, width {width}", value)
+                for width, value in zip(size.widths, rmse, strict=True)
+            ),
+            noise,
+        ],
+        criteria=[within(slope, -0.6, -0.4), below(noise, 0.1)],
+        configurations=[asdict(size) | common],
+        figures=[
+            charts.rates("Distance from the limit", size.widths, {"muP": rows}, -0.5),
+            charts.outputs_over_steps(
+                "Outputs of networks and of the limit", {f"width {width}": made}, limit
+            ),
+        ],
+        note="The slope's interval is a bootstrap over networks. Networks are drawn exactly in law without "
+        "their n x n matrices where that is cheaper.",
+    )
+
+
+@claim(
+    "C7",
+    sentence="Wide NTP networks follow kernel gradient descent with the NTK, SP networks with it less the "
+    "first layer's term.",
+    source="Jacot et al. 2018 (arXiv 1806.07572); spec claim 7",
+    required_from="quick",
+    first_seed=700,
+)
+def kernel_regimes_follow_their_kernels(run: Run) -> Measurement:
+    size = at_scale(KERNEL, run.scale)
+    X, Y = _data_of(size)
+    key = jax.random.key(run.seeds[0])
+    numbers, criteria, curves = [], [], {}
+    for scheme in ("ntp", "sp"):
+        with float64():
+            kernels = {
+                other: np.asarray(
+                    limiting_kernel(X, depth=size.depth, activation="tanh", parametrization=other)
+                )
+                for other in ("ntp", "sp")
+            }
+            distances = {other: [] for other in kernels}
+            for width in run.track(size.widths, scheme):
+                made = WidthSimulator(
+                    width,
+                    depth=size.depth,
+                    input_dim=X.shape[1],
+                    output_dim=Y.shape[1],
+                    lr=size.lr,
+                    reduction="sum" if size.data == "two points" else "mean",
+                    parametrization=scheme,
+                    replicas=size.seeds,
+                    key=jax.random.fold_in(key, width),
+                ).fit(X, Y, size.steps, record=("f",), every=size.steps)
+                for other, theta in kernels.items():
+                    distances[other].append(_distance(made, theta, Y, size))
+        rows = {other: np.stack(values) for other, values in distances.items()}
+        curves[scheme] = rows[scheme]
+        wrong = "sp" if scheme == "ntp" else "ntp"
+        slope = _slope_of_rmse(size.widths, rows[scheme], f"slope of the distance over width, {scheme}")
+        share = Number.mean(
+            f"distance over that to the other scheme's kernel, width {size.widths[-1]}, {scheme}",
+            rows[scheme][-1] / rows[wrong][-1],
+        )
+        numbers += [slope, share]
+        numbers += [
+            Number.mean(f"distance from the kernel's outputs, {scheme}, width {width}", values)
+            for width, values in zip(size.widths, rows[scheme], strict=True)
+        ]
+        criteria += [below(slope, -0.35), below(share, 0.5)]
+    return Measurement(
+        numbers=numbers,
+        criteria=criteria,
+        configurations=[asdict(size)],
+        figures=[charts.rates("Distance from kernel gradient descent", size.widths, curves, -0.5)],
+        note="Kernel descent starts from each network's own outputs f_0. Distances are root mean squares "
+        "over samples at the last step; they fall as 1/sqrt(n).",
+    )
+
+
+def _data_of(size: Kernel) -> tuple[np.ndarray, np.ndarray]:
+    if size.data == "two points":
+        return TWO_POINTS[0], TWO_POINTS[1][:, None]
+    return few_digits(4, 8)
+
+
+def _distance(made: Trajectory, theta: np.ndarray, Y: np.ndarray, size: Kernel) -> np.ndarray:
+    """RMS over samples and outputs of each network's outputs from those of its kernel, at the last step."""
+    rate = size.lr / (1 if size.data == "two points" else len(Y))
+    found = []
+    for f in made.replicas["f"]:
+        expected = np.asarray(KernelGD(theta, lr=rate).predict(Y, size.steps, f0=f[0]).train)
+        found.append(np.sqrt(((f[-1] - expected) ** 2).mean()))
+    return np.asarray(found)
+
+
+def _slope_of_rmse(
+    widths: tuple[int, ...], rows: np.ndarray, name: str = "slope of log RMSE over log n"
+) -> Number:
+    """Slope of the root mean square over networks, its interval by resampling networks within each width."""
+    rng = np.random.default_rng(0)
+
+    def fit(values: np.ndarray) -> float:
+        return float(np.polyfit(np.log(widths), 0.5 * np.log((values**2).mean(axis=1)), 1)[0])
+
+    resampled = [
+        fit(np.stack([row[rng.integers(0, len(row), len(row))] for row in rows])) for _ in range(999)
+    ]
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    value = fit(rows)
+    return Number(name, value, min(low, value), max(high, value))
+
+
+# ------------------------------------------------------------------------------------------ muTransfer
+
+
+@claim(
+    "C8",
+    sentence="The best learning rate of Adam stays with width under muP and moves under standard practice.",
+    source="Yang et al. 2022 (arXiv 2203.03466), figure 1; spec claim 8",
+    seeds={"quick": 3, "laptop": 3, "full": 3},
+    first_seed=800,
+)
+def the_best_rate_transfers_under_mup(run: Run) -> Measurement:
+    size = at_scale(TRANSFER, run.scale)
+    reports = {scheme: transfer_runs.sweep(run, size, scheme) for scheme in ("mup", "sp_const")}
+    checks = {scheme: transfer_runs.coordinates(run, size, scheme) for scheme in reports}
+    shifts = {}
+    for scheme, report in reports.items():
+        found = report.shift()
+        shifts[scheme] = Number(
+            f"shift of the best rate in octaves, {scheme}", abs(found.value), *_folded(found)
+        )
+    losses = [
+        Number(f"loss at the best rate, {scheme}, width {width}", report.optimum(width).loss)
+        for scheme, report in reports.items()
+        for width in size.widths
+    ]
+    return Measurement(
+        numbers=[*shifts.values(), *losses],
+        criteria=[below(shifts["mup"], 0.5), above(shifts["sp_const"], 1.5)],
+        configurations=[asdict(size)],
+        figures=[
+            *(charts.sweep(f"Loss over learning rate, {name}", report) for name, report in reports.items()),
+            *(charts.coordinates(f"Coordinate check, {name}", check) for name, check in checks.items()),
+        ],
+        note="Optimum of a parabola in log rate around the best rate of the grid; bootstrap over seeds.",
+    )
+
+
+def _folded(found) -> tuple[float, float]:
+    """Interval of the absolute value."""
+    ends = sorted((abs(found.low), abs(found.high)))
+    return (0.0 if found.low <= 0.0 <= found.high else ends[0]), ends[1]
+
+
+# --------------------------------------------------------------------------------------------- regimes
+
+REGIMES = {"mup": 0.0, "ntp": 0.5, "sp": 0.5, "sp_const": -1.0, "mfp": 0.0}
+
+
+@claim(
+    "C9",
+    sentence="The classifier gives every scheme its regime, and IP with three hidden layers stays where it "
+    "starts.",
+    source="Yang and Hu 2021 (arXiv 2011.14522), Theorems 3.2-3.4; Hajjar et al. 2021 (arXiv 2110.15596)",
+    required_from="quick",
+    first_seed=900,
+)
+def regimes_are_as_classified(run: Run) -> Measurement:
+    found = {name: Number(f"r of {name}", classify(name).r) for name in REGIMES}
+    X, y = TWO_POINTS
+    residual = {}
+    for scheme in ("ip", "ip_llr"):
+        with float64():
+            made = InfiniteWidthMLP(
+                depth=3,
+                input_dim=2,
+                lr=0.3,
+                reduction="sum",
+                parametrization=scheme,
+                samples=4096,
+                key=jax.random.key(run.seeds[0]),
+            ).fit(X, y, 2, record=("f",))
+        residual[scheme] = Number(
+            f"largest |f_2| over |y|, {scheme}", np.abs(made.f[2]).max() / np.abs(y).max()
+        )
+    return Measurement(
+        numbers=[*found.values(), *residual.values()],
+        criteria=[
+            *(within(number, REGIMES[name] - 1e-12, REGIMES[name] + 1e-12) for name, number in found.items()),
+            within(residual["ip"], 0.0, 1e-12),
+            above(residual["ip_llr"], 1e-3),
+        ],
+        configurations=[{"depth": 3, "lr": 0.3, "activation": "tanh", "samples": 4096}],
+        note="`ip_llr` enlarges the first step so that every layer moves at order one; with tanh the third "
+        "layer follows at step 2.",
+    )
