@@ -38,7 +38,7 @@ def record(model, batches, **options):
     return [parts(kept), parts(by_model), parts(by_snapshot)]
 
 
-def of_samples(rank, world_size):
+def of_samples(rank, world_size, replicated):
     # Uneven shards: rank 0 has batches of 3 and 2 samples, rank 1 one of 2.
     own = [inputs()[:3], inputs()[3:5]] if rank == 0 else [inputs()[5:]]
     if replicated:
