@@ -32,19 +32,36 @@ def draw_weights(rng, variances, width, input_dim, output_dim, networks):
     return [np.sqrt(v) * rng.standard_normal((networks, *s)) for v, s in zip(variances, shapes, strict=True)]
 
 
-def forward(weights, X, phi):
+def forward(weights, X, phi, biases=None):
     """Pre-activations and features of layers 1..L ([S, N, n] each) and outputs [S, N, C]."""
     x = np.broadcast_to(X, (len(weights[0]), *X.shape))
     pre, post = [], []
-    for W in weights[:-1]:
+    for layer, W in enumerate(weights[:-1]):
         h = x @ W.swapaxes(-1, -2)
+        if biases is not None:
+            h = h + biases[:, layer, None]
         x = phi(h)
         pre.append(h)
         post.append(x)
     return pre, post, x @ weights[-1].swapaxes(-1, -2)
 
 
-def train_networks(weights, rates, X, y, steps, *, phi, dphi, batches=None, reduction="sum", rates_0=None):
+def train_networks(
+    weights,
+    rates,
+    X,
+    y,
+    steps,
+    *,
+    phi,
+    dphi,
+    batches=None,
+    reduction="sum",
+    rates_0=None,
+    momentum=0.0,
+    shrink=1.0,
+    biases=None,
+):
     """Records of t = 0..steps: f [t, S, N, C], pre, post [t][layer] [S, N, n], b [t][layer] [S, B, n].
 
     Args:
@@ -55,18 +72,23 @@ def train_networks(weights, rates, X, y, steps, *, phi, dphi, batches=None, redu
         steps: number of updates.
         phi: activation.
         dphi: its derivative.
-        batches: indices of the samples of each step [steps, B]; None is the full batch.
+        batches: indices of the samples of each step [steps + 1, B]; None is the full batch.
         reduction: "sum" or "mean" over the batch.
         rates_0: rates of step 0 where they differ.
+        momentum: decay of the sum of gradients.
+        shrink: factor of the weights at each step.
+        biases: of the hidden layers [S, L, n], trained like weights of layer 1; None is none.
 
     Backward signals are scaled as in section c3: b^l = n dloss/dh^l.
     """
     weights = [W.copy() for W in weights]
+    velocities = [np.zeros_like(W) for W in weights]
+    bias_velocity = 0.0
     width = weights[0].shape[-2]
     record = {"f": [], "pre": [], "post": [], "b": []}
     for t in range(steps + 1):
-        pre, post, f = forward(weights, X, phi)
-        index = np.arange(len(X)) if batches is None or t == steps else batches[t]
+        pre, post, f = forward(weights, X, phi, biases)
+        index = np.arange(len(X)) if batches is None else batches[t]
         chi = f[:, index] - y[index]
         if reduction == "mean":
             chi = chi / len(index)
@@ -81,8 +103,13 @@ def train_networks(weights, rates, X, y, steps, *, phi, dphi, batches=None, redu
         if t == steps:
             break
         below = [np.broadcast_to(X, (len(f), *X.shape)), *post]
+        step_rates = rates if t or rates_0 is None else rates_0
         for layer, error in enumerate([*signals, chi]):
-            rate = (rates if t or rates_0 is None else rates_0)[layer]
-            weights[layer] -= rate * error.swapaxes(-1, -2) @ below[layer][:, index]
+            gradient = error.swapaxes(-1, -2) @ below[layer][:, index]
+            velocities[layer] = momentum * velocities[layer] + gradient
+            weights[layer] = shrink * weights[layer] - step_rates[layer] * velocities[layer]
+        if biases is not None:
+            bias_velocity = momentum * bias_velocity + np.stack([s.sum(axis=1) for s in signals], axis=1)
+            biases = shrink * biases - step_rates[0] * bias_velocity
     record["f"] = np.stack(record["f"])
     return record
