@@ -42,7 +42,6 @@ def of_samples(rank, world_size, replicated):
     # Uneven shards: rank 0 has batches of 3 and 2 samples, rank 1 one of 2.
     own = [inputs()[:3], inputs()[3:5]] if rank == 0 else [inputs()[5:]]
     if replicated:
-        # What DistributedDataParallel says by itself; it imports the compiler, which takes seconds.
         return [parts(FeatureRecorder(DistributedDataParallel(build())).snapshot(own, "t"))]
     return record(build(), own, shard="samples")
 
@@ -100,7 +99,6 @@ def test_ranks_with_uneven_samples_end_with_the_snapshot_of_all(run_distributed)
     assert_ranks_agree_and_equal(run_distributed(of_samples, 2, False), expected)
 
 
-@pytest.mark.slow
 def test_replicated_models_shard_their_samples_without_being_asked(run_distributed):
     expected = [parts(FeatureRecorder(build()).snapshot([inputs()], "t"))]
     assert_ranks_agree_and_equal(run_distributed(of_samples, 2, True), expected)

@@ -5,8 +5,8 @@ input is x^{l-1}, its output h^l. For any other module (activation, norm, block)
 pre is what goes in, post what comes out. Names say which: "fc2.input", "fc2.output", "blocks.0.output".
 
 With `layers="auto"` all weight layers are looked at. Pre then leaves out the layer called last, whose output
-is the model's; post leaves out layers fed with the data itself, and those fed with what another one already
-got (queries, keys and values of attention).
+is the model's; post leaves out the data (inputs that share memory with the batch, or that come before any
+weight layer has put something out) and what another layer already got (keys and values beside queries).
 """
 
 import sys
@@ -94,12 +94,13 @@ class Capture:
         self._calls: dict[str, int] = {}
         self._data: set[int] = set()
         self._inputs: dict[int, Tensor] = {}
+        self._computed = False
 
     @contextmanager
     def recording(self, inputs: Sequence[Tensor]) -> Iterator[None]:
         """Hooks while one batch passes; `inputs` are the tensors it consists of."""
         # Inputs are held until the pass ends: an identity is only one as long as its object lives.
-        self._calls, self._inputs = {}, {}
+        self._calls, self._inputs, self._computed = {}, {}, False
         self._data = {tensor.untyped_storage().data_ptr() for tensor in inputs if _plain(tensor)}
         with ExitStack() as stack:
             for name, module in self.modules.items():
@@ -129,6 +130,7 @@ class Capture:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:  # noqa: ARG001
             tensor = main_tensor(output)
             kind = "pre" if is_weight_layer(module) else "post"
+            self._computed = self._computed or is_weight_layer(module)
             if tensor is None or self.when not in (kind, "both"):
                 return
             key = self._key(name, "output")
@@ -139,7 +141,7 @@ class Capture:
         return hook
 
     def _is_data(self, tensor: Tensor) -> bool:
-        return _plain(tensor) and tensor.untyped_storage().data_ptr() in self._data
+        return not self._computed or (_plain(tensor) and tensor.untyped_storage().data_ptr() in self._data)
 
     def _key(self, name: str, side: str) -> str:
         again = self._calls[name]
@@ -193,7 +195,9 @@ def as_matrix(tensor: Tensor, module: nn.Module, reduce: Reduce) -> Float[Tensor
     else:
         channels = 1 if isinstance(module, _CHANNELS_SECOND) else -1
         places = tensor.movedim(channels, -1).reshape(len(tensor), -1, tensor.shape[channels])
-        matrix = places.mean(1) if reduce == "mean" else places.flatten(0, 1)
+        # In float32 at least: a sum of many bfloat16 numbers stops growing.
+        wide = torch.promote_types(places.dtype, torch.float32)
+        matrix = places.mean(1, dtype=wide) if reduce == "mean" else places.flatten(0, 1)
     return matrix.float() if matrix.dtype in (torch.float16, torch.bfloat16) else matrix
 
 
