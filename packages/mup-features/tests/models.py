@@ -43,7 +43,7 @@ class Transformer(nn.Module):
     def __init__(self, width: int, *, tied: bool = True, vocabulary: int = 32, layers: int = 2) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocabulary, width)
-        self.position = nn.Parameter(0.02 * torch.randn(1, 16, width))
+        self.position = nn.Parameter(nn.init.normal_(torch.empty(1, 16, width), std=0.02))
         self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary, bias=False)

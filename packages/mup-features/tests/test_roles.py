@@ -74,6 +74,19 @@ def test_a_default_that_divides_by_a_sum_of_fans_grows_with_the_sum():
     assert role_of("w", (64, 8), (16, 8), layout=xavier).default_fan_mult == 72 / 24
 
 
+def test_positions_are_input_like_where_a_readout_would_have_its_width_first():
+    assert role_of("positions", (10, 64), (10, 16), layout=FREE).kind == "input"
+    assert role_of("positions", (1, 10, 64), (1, 10, 16), layout=Layout("free", out_in=True)).kind == "input"
+
+
+def test_an_override_by_layout_has_its_fan_in_as_default_fan():
+    experts = Layout("linear", fan_in=(2,), fan_out=(1,))
+    role = roles_from_shapes(
+        {"experts": (8, 128, 64)}, {"experts": (8, 32, 32)}, {"experts": FREE}, overrides={"experts": experts}
+    )["experts"]
+    assert (role.fan_in_mult, role.fan_out_mult, role.default_fan_mult) == (2.0, 4.0, 2.0)
+
+
 def test_the_readout_bias_has_no_width():
     role = role_of("b", (10,), (10,), layout=VECTOR)
     assert (role.kind, role.fan_in_mult, role.fan_out_mult) == ("input", 1.0, 1.0)
@@ -92,6 +105,7 @@ def test_a_free_parameter_whose_width_stands_last_is_input_like(shape):
         ((64, 64), (16, 16), FREE, "which is the fan-in"),
         ((64, 64, 64), (16, 16, 16), FREE, "at most two"),
         ((64, 10), (16, 10), FREE, "whether the layer sums"),
+        ((10, 64), (10, 16), Layout("free", out_in=True), "whether the layer sums"),
         ((120, 64), (100, 16), EMBEDDING, "axis 0 of an embedding parameter is no width"),
         ((64, 64, 5, 5), (16, 16, 3, 3), TORCH_CONV, "axis 2 of a conv parameter is no width"),
         ((64, 64), (16,), TORCH_LINEAR, "numbers of dimensions differ"),

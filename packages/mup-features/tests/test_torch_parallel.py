@@ -2,6 +2,7 @@
 
 import warnings
 
+import pytest
 import torch
 from models import MLP, Transformer, build, on_meta
 from torch import nn
@@ -105,6 +106,7 @@ def compare(run_distributed, kind, form, order):
             assert torch.allclose(full[name], parameter, rtol=0, atol=1e-7), name
 
 
+@pytest.mark.slow
 def test_two_ddp_processes_train_as_one(run_distributed):
     compare(run_distributed, MLP, "mult", "ddp")
 

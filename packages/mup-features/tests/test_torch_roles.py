@@ -1,7 +1,11 @@
 """Roles of torch modules: every kind of layer, sharing, files, wrappers."""
 
+import itertools
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from models import MLP, Transformer, build, on_meta
 from torch import nn
 
@@ -119,6 +123,7 @@ def test_subclasses_are_what_they_descend_from():
     assert place(roles["gain"]) == ("input", 1.0, 4.0)
 
 
+@pytest.mark.slow
 def test_gpt2_stores_its_kernels_the_other_way_round():
     transformers = pytest.importorskip("transformers")
 
@@ -147,7 +152,7 @@ class Raw(nn.Module):
         self.w = nn.Parameter(torch.empty(*(width if size is None else size for size in shape)))
 
 
-@pytest.mark.parametrize("shape", [(None, None), (None, 10), (None, None, None)])
+@pytest.mark.parametrize("shape", [(None, None), (None, 10), (10, None), (None, None, None)])
 def test_raw_parameters_that_shapes_cannot_place_need_an_override(shape):
     with pytest.raises(
         ValueError, match=r"parameter 'w' has shape .*64.*at base width .*16.*overrides=\{'w'"
@@ -183,6 +188,18 @@ class Shared(nn.Module):
 def test_a_layer_used_twice_has_one_role():
     roles = roles_of(lambda w: Shared(w, second=lambda w: nn.Linear(w, w, bias=False)))
     assert roles["first.weight"] == roles["second.weight"]
+
+
+def test_a_bias_kept_twice_has_one_role():
+    class Head(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.decoder = nn.Linear(width, 10)
+            self.bias = self.decoder.bias
+
+    roles = roles_of(Head)
+    assert roles["bias"] == roles["decoder.bias"]
+    assert roles["bias"].default_fan_mult == 4.0
 
 
 def test_a_parameter_in_two_places_of_different_roles_is_refused():
@@ -229,13 +246,36 @@ def test_a_stale_file_is_refused(tmp_path):
         infer_roles(nn.Linear(3, 64), tmp_path / "base.json")
 
 
+@given(hidden=st.lists(st.integers(1, 40), min_size=2, max_size=4), m=st.integers(2, 5), bias=st.booleans())
+def test_any_chain_of_layers_has_input_hidden_and_output(hidden, m, bias):
+    def chain(factor):
+        sizes = [3, *(factor * size for size in hidden), 2]
+        return nn.Sequential(*(nn.Linear(a, b, bias=bias) for a, b in itertools.pairwise(sizes)))
+
+    with torch.device("meta"):
+        roles = infer_roles(chain(m), chain(1))
+    last = len(hidden)
+    assert place(roles["0.weight"]) == ("input", 1.0, m)
+    assert all(place(roles[f"{i}.weight"]) == ("hidden", m, m) for i in range(1, last))
+    assert place(roles[f"{last}.weight"]) == ("output", m, 1.0)
+    if bias:
+        grown = [place(roles[f"{i}.bias"])[2] for i in range(last + 1)]
+        assert grown == [m] * last + [1.0]
+
+
 def test_wrappers_do_not_change_names():
     model = build(MLP, 64)
     expected = infer_roles(model, on_meta(MLP, 16))
     assert infer_roles(nn.DataParallel(model), on_meta(MLP, 16)) == expected
-    assert infer_roles(torch.compile(model), on_meta(MLP, 16)) == expected
     prefixed = {f"module.{name}": shape for name, shape in base_shapes(on_meta(MLP, 16)).items()}
     assert infer_roles(model, prefixed) == expected
+
+
+@pytest.mark.slow
+def test_compiled_models_and_layers_keep_their_names():
+    model = build(MLP, 64)
+    expected = infer_roles(model, on_meta(MLP, 16))
+    assert infer_roles(torch.compile(model), on_meta(MLP, 16)) == expected
     model.fc2 = torch.compile(model.fc2)
     assert infer_roles(model, on_meta(MLP, 16)) == expected
 

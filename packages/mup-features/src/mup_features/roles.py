@@ -11,7 +11,7 @@ Source: Yang et al. 2022 (arXiv 2203.03466), appendix B.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import isfinite, prod
 from typing import Literal, get_args
@@ -87,10 +87,12 @@ class Layout:
         fan_in: axes summed over in the forward pass. Several count as one dimension, their product.
         fan_out: axes that index the outputs.
         default_fan: what the framework's default initialisation divides by under the square root, as a sum
-            of products of axes: ((1,),) is the size of axis 1, ((0,), (1,)) the sum of both, () a constant.
+            of products of axes: ((1,),) is the size of axis 1, ((0,), (1,)) the sum of both, () a constant
+            (in overrides of linear and conv weights: the fan-in).
         default_of: name of the parameter whose default_fan applies instead (torch: a bias follows
             its weight).
         scalable: whether a forward multiplier can be put before it; None: linear, conv and embedding weights.
+        out_in: for a free parameter, whether the framework stores weights as (out, in), as torch does.
     """
 
     owner: Owner
@@ -99,6 +101,7 @@ class Layout:
     default_fan: tuple[tuple[int, ...], ...] = ()
     default_of: str | None = None
     scalable: bool | None = None
+    out_in: bool = False
 
     def __post_init__(self) -> None:
         if self.owner not in get_args(Owner):
@@ -136,16 +139,15 @@ def roles_from_shapes(
     roles = {}
     for name, shape in shapes.items():
         override = chosen.get(name)
-        layout = override if isinstance(override, Layout) else layouts[name]
+        layout = _overriding(override) if isinstance(override, Layout) else layouts[name]
         if isinstance(override, Role):
             roles[name] = override
             continue
         default = None
         if layout.default_of is not None:
             source = layouts[layout.default_of]
-            default = _fan_ratio(
-                shapes[layout.default_of], base_shape_of(base[layout.default_of]), source.default_fan
-            )
+            of = layout.default_of
+            default = _fan_ratio(shapes[of], base_shape_of(base[of]), source.default_fan)
         kind = override if isinstance(override, str) else None
         roles[name] = role_of(name, shape, base[name], layout=layout, kind=kind, default_fan_mult=default)
     return roles
@@ -180,7 +182,7 @@ def role_of(
     if kind is not None:
         fan_in, fan_out = _axes_of_kind(name, shape, base, layout, kind, widths)
     elif layout.owner == "free":
-        fan_in, fan_out = (), _free_widths(name, shape, base, widths)
+        fan_in, fan_out = (), _free_widths(name, shape, base, widths, out_in=layout.out_in)
     else:
         fan_in, fan_out = _normal(layout.fan_in, shape), _normal(layout.fan_out, shape)
         fixed = [axis for axis in widths if axis not in fan_in and axis not in fan_out]
@@ -232,8 +234,14 @@ def _widths(name: str, shape: tuple[int, ...], base: BaseShape) -> list[int]:
     return [axis for axis, size in enumerate(shape) if base.sizes[axis] not in (size, None)]
 
 
-def _free_widths(name: str, shape: tuple[int, ...], base: BaseShape, widths: list[int]) -> tuple[int, ...]:
-    """A parameter of no known layer is added or multiplied entry by entry if its one width stands last."""
+def _free_widths(
+    name: str, shape: tuple[int, ...], base: BaseShape, widths: list[int], *, out_in: bool
+) -> tuple[int, ...]:
+    """A parameter of no known layer is added or multiplied entry by entry if its one width stands last.
+
+    Where weights are stored (out, in) it must also broadcast over its first axis: (positions, width) looks
+    like a readout (classes, width) there.
+    """
     if len(widths) > 2:
         raise ValueError(
             f"{_both(name, shape, base)}: {len(widths)} dimensions are widths, muP has rules for at most "
@@ -241,10 +249,12 @@ def _free_widths(name: str, shape: tuple[int, ...], base: BaseShape, widths: lis
         )
     if len(widths) == 2:
         raise ValueError(
-            f"{_both(name, shape, base)}: two dimensions are widths, and nothing says which is the fan-in; "
-            f"{_how(name, layout=True)}"
+            f"{_both(name, shape, base)}: two dimensions are widths, and nothing says which is the "
+            f"fan-in; {_how(name, layout=True)}"
         )
-    if widths and any(size != 1 for size in shape[widths[0] + 1 :]):
+    last = not widths or all(size == 1 for size in shape[widths[0] + 1 :])
+    broadcast = not (widths and out_in) or widths[0] == 0 or shape[0] == 1
+    if not (last and broadcast):
         raise ValueError(
             f"{_both(name, shape, base)}: axis {widths[0]} is a width, and nothing says whether the layer "
             f"sums over it (output) or not (input); {_how(name)}"
@@ -286,6 +296,13 @@ def _fan_ratio(shape: tuple[int, ...], base: BaseShape, fans: tuple[tuple[int, .
 
 def _normal(axes: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(axis % len(shape) for axis in axes)
+
+
+def _overriding(layout: Layout) -> Layout:
+    """Nothing is known of the initialisation of a weight that needs an override; 1/sqrt(fan_in) may be it."""
+    if layout.owner in ("linear", "conv") and not layout.default_fan:
+        return replace(layout, default_fan=(layout.fan_in,))
+    return layout
 
 
 def _same_names(shapes: Mapping[str, object], base: Mapping[str, object]) -> None:

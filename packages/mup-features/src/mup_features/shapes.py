@@ -8,7 +8,6 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib import import_module
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -115,7 +114,9 @@ def _shapes(shapes: Any) -> Mapping[str, BaseShape | tuple[int, ...]]:
     if isinstance(shapes, Mapping):
         return shapes
     if hasattr(shapes, "named_parameters"):
-        return import_module(".torch.scaling", __package__).base_shapes(shapes)
+        from .torch.scaling import base_shapes
+
+        return base_shapes(shapes)
     raise TypeError(
         f"shapes must be a dictionary from name to shape or a torch module, got {type(shapes).__name__}"
     )

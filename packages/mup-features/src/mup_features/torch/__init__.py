@@ -13,6 +13,7 @@ except ModuleNotFoundError as error:
 
 if TYPE_CHECKING:
     from .coordinates import coordinate_check
+    from .features import FeatureRecorder
     from .optim import MuAdam, MuAdamW, MuSGD, ScaledLRScheduler, param_groups
     from .scaling import (
         apply_mup,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
         spectral_ratios,
         spectral_targets,
     )
+    from .tangent_kernels import empirical_ntk, ntk_change
 
 _HOME = {
     "FeatureRecorder": "features",
@@ -36,8 +38,9 @@ _HOME = {
     "attention_scale": "scaling",
     "base_shapes": "scaling",
     "coordinate_check": "coordinates",
-    "empirical_ntk": "features",
+    "empirical_ntk": "tangent_kernels",
     "infer_roles": "scaling",
+    "ntk_change": "tangent_kernels",
     "param_groups": "optim",
     "residual_scale": "scaling",
     "role_table": "scaling",
@@ -58,6 +61,7 @@ __all__ = [
     "coordinate_check",
     "empirical_ntk",
     "infer_roles",
+    "ntk_change",
     "param_groups",
     "residual_scale",
     "role_table",

@@ -101,7 +101,7 @@ def _info(
         return _recurrent(module, name, shape)
     if len(shape) <= 1 or isinstance(module, _NORMS):
         return ParameterInfo(Layout("vector", fan_out=tuple(range(len(shape)))), module)
-    return ParameterInfo(Layout("free"), module)
+    return ParameterInfo(Layout("free", out_in=True), module)
 
 
 def _weight(module: nn.Module, shape: tuple[int, ...], base: nn.Module | None) -> Layout | None:

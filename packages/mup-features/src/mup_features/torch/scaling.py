@@ -281,8 +281,9 @@ def _shared_role(
     if owners == {"embedding", "linear"} and not any(role.kind == "hidden" for role in distinct):
         embedding = next(name for name in names if infos[name].layout.owner == "embedding")
         return replace(roles[embedding], tied=True)
-    if len(distinct) == 1:
-        return distinct.pop()
+    if len({(role.kind, role.fan_in_mult, role.fan_out_mult) for role in distinct}) == 1:
+        # a bias kept twice, as in BERT's head: one place may know the default initialisation, the other not
+        return max(distinct, key=lambda role: (role.default_fan_mult not in (None, 1.0), role.scalable))
     kinds = ", ".join(f"{name!r} ({roles[name].kind})" for name in names)
     raise ValueError(
         f"parameter {names[0]!r} has shape {shapes[names[0]]}, at base width "
