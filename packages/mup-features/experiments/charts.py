@@ -78,17 +78,17 @@ def rates(title: str, widths: Sequence[int], curves: Mapping[str, np.ndarray], e
     return Figure(title, draw)
 
 
-def outputs_over_steps(title: str, networks: Mapping[str, Trajectory], limit: Trajectory) -> Figure:
-    """Outputs of each sample over steps: networks with their range, the limit with its error bars."""
+def outputs_over_steps(title: str, networks: Mapping[str, np.ndarray], limit: Trajectory) -> Figure:
+    """First output of each sample over steps: networks with their range, the limit with its error bars."""
 
     def draw(canvas: Any) -> None:
         axes = canvas.subplots()
-        for name, made in networks.items():
-            for sample in range(made.f.shape[1]):
-                values = made.replicas["f"][:, :, sample, 0]
+        for name, f in networks.items():
+            for sample in range(f.shape[2]):
+                values = f[:, :, sample, 0]
                 label = f"{name}, all networks" if sample == 0 else None
                 axes.fill_between(
-                    made.steps, values.min(0), values.max(0), color=f"C{sample}", alpha=0.2, label=label
+                    limit.steps, values.min(0), values.max(0), color=f"C{sample}", alpha=0.2, label=label
                 )
         for sample in range(limit.f.shape[1]):
             label = "limit" if sample == 0 else None

@@ -23,15 +23,13 @@ import numpy as np
 import scheme_measures
 import transfer_runs
 from digit_sets import TWO_POINTS, few_digits
-from networks import train
+from networks import outputs, train
 from sizes import CONVERGENCE, DIVERSITY, KERNEL, MINIMUM, SCHEMES, TRANSFER, Kernel, at_scale
 from stage import float64
 
 from mup_features import check_independence, classify, global_min_certificate
 from mup_features.jax.kernels import KernelGD, limiting_kernel
 from mup_features.jax.limit import InfiniteWidthMLP
-from mup_features.jax.trajectory import Trajectory
-from mup_features.jax.width import WidthSimulator
 from mup_features.spectra import gram
 from tenfold_tools.claims import Criterion, Measurement, Number, Run, Verdict, above, below, claim, within
 
@@ -192,7 +190,7 @@ def features_stay_independent_in_the_limit(run: Run) -> Measurement:
         )
         smallest = report.smallest
         number = Number(
-            f"smallest lambda_min over its threshold, {name}", smallest.value / smallest.threshold
+            f"smallest lambda_min over its threshold, {name}", smallest.lambda_min / smallest.threshold
         )
         numbers += [number, Number(f"final loss, {name}", made.loss[-1])]
         curves[name] = errors["K_post"][0][-1]
@@ -270,18 +268,20 @@ def training_ends_at_a_certified_global_minimum(run: Run) -> Measurement:
 def networks_approach_the_limit(run: Run) -> Measurement:
     size = at_scale(CONVERGENCE, run.scale)
     X, y = TWO_POINTS
-    key, *keys = jax.random.split(jax.random.key(run.seeds[0]), 1 + len(size.widths))
-    common = {"depth": size.depth, "input_dim": 2, "lr": 0.3, "reduction": "sum"}
+    common = {"depth": size.depth, "lr": 0.3, "reduction": "sum"}
     with float64():
-        limit = InfiniteWidthMLP(samples=size.samples, replicas=size.replicas, key=key, **common).fit(
-            X, y, size.steps, record=("f",)
-        )
-        errors = []
-        for width, own in run.track(list(zip(size.widths, keys, strict=True)), "widths"):
-            made = WidthSimulator(width, replicas=size.seeds, key=own, **common).fit(
-                X, y, size.steps, record=("f",)
-            )
-            errors.append(np.sqrt(((made.replicas["f"][:, -1] - limit.f[-1]) ** 2).mean(axis=(1, 2))))
+        limit = InfiniteWidthMLP(
+            input_dim=2,
+            samples=size.samples,
+            replicas=size.replicas,
+            key=jax.random.key(run.seeds[0]),
+            **common,
+        ).fit(X, y, size.steps, record=("f",))
+    errors = []
+    for row, width in enumerate(run.track(size.widths, "widths")):
+        seeds = _own_seeds(run, row, size.seeds)
+        f = outputs("mup", width, X, y, steps=size.steps, seeds=seeds, device=run.device, **common)
+        errors.append(np.sqrt(((f[:, -1] - limit.f[-1]) ** 2).mean(axis=(1, 2))))
     rows = np.stack(errors)  # [widths, seeds]
     rmse = np.sqrt((rows**2).mean(axis=1))
     slope = _slope_of_rmse(size.widths, rows)
@@ -302,11 +302,10 @@ def networks_approach_the_limit(run: Run) -> Measurement:
         figures=[
             charts.rates("Distance from the limit", size.widths, {"muP": rows}, -0.5),
             charts.outputs_over_steps(
-                "Outputs of networks and of the limit", {f"width {width}": made}, limit
+                "Outputs of networks and of the limit", {f"width {width}": f}, limit
             ),
         ],
-        note="The slope's interval is a bootstrap over networks. Networks are drawn exactly in law without "
-        "their n x n matrices where that is cheaper.",
+        note="The slope's interval is a bootstrap over networks.",
     )
 
 
@@ -321,7 +320,6 @@ def networks_approach_the_limit(run: Run) -> Measurement:
 def kernel_regimes_follow_their_kernels(run: Run) -> Measurement:
     size = at_scale(KERNEL, run.scale)
     X, Y = _data_of(size)
-    key = jax.random.key(run.seeds[0])
     numbers, criteria, curves = [], [], {}
     for scheme in ("ntp", "sp"):
         with float64():
@@ -332,20 +330,21 @@ def kernel_regimes_follow_their_kernels(run: Run) -> Measurement:
                 for other in ("ntp", "sp")
             }
             distances = {other: [] for other in kernels}
-            for width in run.track(size.widths, scheme):
-                made = WidthSimulator(
+            for row, width in enumerate(run.track(size.widths, scheme)):
+                f = outputs(
+                    scheme,
                     width,
+                    X,
+                    Y,
                     depth=size.depth,
-                    input_dim=X.shape[1],
-                    output_dim=Y.shape[1],
                     lr=size.lr,
+                    steps=size.steps,
+                    seeds=_own_seeds(run, row, size.seeds),
                     reduction="sum" if size.data == "two points" else "mean",
-                    parametrization=scheme,
-                    replicas=size.seeds,
-                    key=jax.random.fold_in(key, width),
-                ).fit(X, Y, size.steps, record=("f",), every=size.steps)
+                    device=run.device,
+                )
                 for other, theta in kernels.items():
-                    distances[other].append(_distance(made, theta, Y, size))
+                    distances[other].append(_distance(f, theta, Y, size))
         rows = {other: np.stack(values) for other, values in distances.items()}
         curves[scheme] = rows[scheme]
         wrong = "sp" if scheme == "ntp" else "ntp"
@@ -376,11 +375,17 @@ def _data_of(size: Kernel) -> tuple[np.ndarray, np.ndarray]:
     return few_digits(4, 8)
 
 
-def _distance(made: Trajectory, theta: np.ndarray, Y: np.ndarray, size: Kernel) -> np.ndarray:
+def _own_seeds(run: Run, row: int, count: int) -> tuple[int, ...]:
+    """Seeds of the networks of one width, different from those of the others."""
+    first = 10_000 * run.seeds[0] + 1000 * row
+    return tuple(range(first, first + count))
+
+
+def _distance(networks: np.ndarray, theta: np.ndarray, Y: np.ndarray, size: Kernel) -> np.ndarray:
     """RMS over samples and outputs of each network's outputs from those of its kernel, at the last step."""
     rate = size.lr / (1 if size.data == "two points" else len(Y))
     found = []
-    for f in made.replicas["f"]:
+    for f in networks:
         expected = np.asarray(KernelGD(theta, lr=rate).predict(Y, size.steps, f0=f[0]).train)
         found.append(np.sqrt(((f[-1] - expected) ** 2).mean()))
     return np.asarray(found)

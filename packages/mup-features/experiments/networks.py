@@ -81,3 +81,36 @@ def train(
         with torch.no_grad():
             for weight, gradient, rate in zip(weights, gradients, rates, strict=True):
                 weight -= rate * gradient
+
+
+def outputs(
+    scheme: str,
+    width: int,
+    X: np.ndarray,
+    Y: np.ndarray,
+    *,
+    depth: int,
+    lr: float,
+    steps: int,
+    seeds: tuple[int, ...],
+    reduction: str,
+    device: str,
+) -> np.ndarray:
+    """Outputs at every step, [seeds, steps + 1, N, C]; large networks are trained a few at a time."""
+    at_once = max(1, 2**26 // (width * width * depth))
+    parts = []
+    for start in range(0, len(seeds), at_once):
+        moments = train(
+            scheme,
+            width,
+            X,
+            Y,
+            depth=depth,
+            lr=lr,
+            steps=steps,
+            seeds=seeds[start : start + at_once],
+            reduction=reduction,
+            device=device,
+        )
+        parts.append(np.stack([moment.f.cpu().numpy() for moment in moments], axis=1))
+    return np.concatenate(parts)

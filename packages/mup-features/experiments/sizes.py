@@ -89,11 +89,11 @@ DIVERSITY = {
 }
 MINIMUM = {"quick": Minimum((256,), 1), "laptop": Minimum((256, 1024), 5)}
 CONVERGENCE = {
-    "quick": Convergence((32, 64, 128, 256), 24, 16384, 4),
-    "laptop": Convergence((32, 64, 128, 256, 512), 64, 65536, 4),
+    "quick": Convergence((32, 64, 128, 256), 256, 16384, 4),
+    "laptop": Convergence((32, 64, 128, 256, 512), 512, 65536, 4),
 }
 KERNEL = {
-    "quick": Kernel("two points", (128, 512, 2048), 8, 10, 0.3),
+    "quick": Kernel("two points", (128, 512, 2048), 8, 5, 0.3),
     "laptop": Kernel("digits", (256, 1024, 4096), 5, 30, 2.0),
 }
 TRANSFER = {
