@@ -46,6 +46,19 @@ def of_samples(rank, world_size, replicated):
     return record(build(), own, shard="samples")
 
 
+def of_parameters(rank, world_size):
+    """FSDP2: forward passes communicate, so both ranks have one batch, of 5 and 2 samples."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = build()
+    mesh = init_device_mesh("cpu", (world_size,))
+    for module in (model[0], model[2], model):
+        fully_shard(module, mesh=mesh)
+    own = inputs()[:5] if rank == 0 else inputs()[5:]
+    return [parts(FeatureRecorder(model).snapshot([own], "t"))]
+
+
 def of_features(rank, world_size):
     """A tensor parallel MLP: the first layer holds a shard of its outputs, uneven ones."""
     whole, own = build(), slice(0, 9) if rank == 0 else slice(9, n)
@@ -102,6 +115,11 @@ def test_ranks_with_uneven_samples_end_with_the_snapshot_of_all(run_distributed)
 def test_replicated_models_shard_their_samples_without_being_asked(run_distributed):
     expected = [parts(FeatureRecorder(build()).snapshot([inputs()], "t"))]
     assert_ranks_agree_and_equal(run_distributed(of_samples, 2, True), expected)
+
+
+def test_fully_sharded_models_shard_their_samples_without_being_asked(run_distributed):
+    expected = [parts(FeatureRecorder(build()).snapshot([inputs()], "t"))]
+    assert_ranks_agree_and_equal(run_distributed(of_parameters, 2), expected)
 
 
 def test_ranks_with_uneven_features_end_with_the_snapshot_of_all(run_distributed):

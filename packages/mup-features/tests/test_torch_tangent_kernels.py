@@ -75,6 +75,17 @@ def test_model_modes_and_gradients_are_untouched(model, X):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_transformer_layers_are_differentiated_through_their_fused_path():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).double()
+    X = torch.randn(2, 3, 4).double()
+    found = empirical_ntk(layer, X, outputs=True)
+    layer.eval()
+    gradients = torch.autograd.grad(layer(X[:1])[0, 2, 1], list(layer.parameters()))
+    # Output 2 x 4 + 1 of sample 0; all of torch.func's products are those of autograd in float64.
+    assert found[0, 9, 0, 9] == pytest.approx(sum(float((g**2).sum()) for g in gradients), rel=1e-11)
+
+
 def test_change_of_the_kernel_is_zero_for_a_copy_and_scale_shows_in_one_measure_only(model, X):
     assert ntk_change(model, copy.deepcopy(model), X) == pytest.approx(
         {"kernel_distance": 0.0, "relative_frobenius_change": 0.0}, abs=1e-14

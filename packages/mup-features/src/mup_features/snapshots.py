@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any
 
 import numpy as np
 from jaxtyping import Float
@@ -65,7 +65,7 @@ class LayerFeatures:
         keep: bool = True,
         sketched_from: int | None = None,
         bounds: tuple[float, float] | None = None,
-    ) -> Self:
+    ) -> "LayerFeatures":
         """Measures one layer.
 
         Args:
@@ -135,7 +135,7 @@ class FeatureSnapshot:
         bounds: tuple[float, float] | None = None,
         sample_keys: np.ndarray | None = None,
         metadata: Mapping[str, Any] | None = None,
-    ) -> Self:
+    ) -> "FeatureSnapshot":
         """Snapshot of features that are arrays already.
 
         Args:
@@ -182,7 +182,7 @@ class FeatureSnapshot:
             np.savez(stream, **arrays)  # pyright: ignore[reportArgumentType]
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
+    def load(cls, path: str | os.PathLike[str]) -> "FeatureSnapshot":
         """Reads what `save` wrote; nothing is unpickled.
 
         Raises:

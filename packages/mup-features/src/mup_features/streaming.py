@@ -9,7 +9,6 @@ products by the precision itself (1e-7), which would drown the eigenvalues in qu
 """
 
 from collections.abc import Callable
-from typing import Self
 
 import numpy as np
 from jaxtyping import Float
@@ -41,7 +40,7 @@ class StreamingGram:
         self._cross = np.zeros((samples, samples)) if reference else None
         self._moved = np.zeros(samples) if reference else None
 
-    def update(self, chunk: ArrayLike, reference: ArrayLike | None = None) -> Self:
+    def update(self, chunk: ArrayLike, reference: ArrayLike | None = None) -> "StreamingGram":
         """Adds some features of all samples.
 
         Args:
@@ -72,7 +71,7 @@ class StreamingGram:
         self.features += A.shape[1]
         return self
 
-    def update_by_rows(self, load: Callable[[slice], ArrayLike], block: int = 256) -> Self:
+    def update_by_rows(self, load: Callable[[slice], ArrayLike], block: int = 256) -> "StreamingGram":
         """Adds some features of all samples, of which only two blocks of samples are in memory at once.
 
         Every pair of blocks is multiplied once, so `load` is called about (samples / block)^2 / 2 times.
@@ -103,7 +102,7 @@ class StreamingGram:
         self.features += width or 0
         return self
 
-    def merge(self, other: "StreamingGram") -> Self:
+    def merge(self, other: "StreamingGram") -> "StreamingGram":
         """Adds the features that another accumulator saw: shards of the features of the same samples.
 
         Raises:

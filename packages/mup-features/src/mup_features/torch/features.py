@@ -16,7 +16,7 @@ kept its features, or the earlier model itself, which then runs beside this one.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self, get_args
+from typing import Any, get_args
 from zlib import crc32
 
 import torch
@@ -102,7 +102,7 @@ class FeatureRecorder:
         # Patterns that match nothing are refused here, not after the first hour of training.
         Capture(unwrapped(model), layers, when, _ignore)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "FeatureRecorder":
         return self
 
     def __exit__(self, *exception: object) -> None:

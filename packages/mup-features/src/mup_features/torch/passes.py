@@ -14,10 +14,14 @@ from .captures import is_compiled, tensors_of
 
 @contextmanager
 def recording_mode(*models: nn.Module) -> Iterator[None]:
-    """No gradients, eval mode, eager, no fused path that skips modules; everything is put back."""
+    """No gradients, eval mode, eager, no fused path that skips modules; everything is put back.
+
+    Warns:
+        UserWarning: if a model is compiled.
+    """
     modules = [module for model in models for module in model.modules()]
     if any(is_compiled(module) or module._compiled_call_impl is not None for module in modules):
-        warnings.warn("the model is compiled; its features are recorded in an eager pass", stacklevel=4)
+        warnings.warn("the model is compiled; here it runs eagerly, module by module", stacklevel=4)
     modes = [(module, module.training) for module in modules]
     fast = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:

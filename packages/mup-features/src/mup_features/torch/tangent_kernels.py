@@ -15,10 +15,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mup_features.similarity import kernel_distance, relative_frobenius_change
 
 from .gram_sums import require_float64
+from .passes import recording_mode, unwrapped
 
 # Bytes of Jacobians in one block.
 _BUDGET = 1 << 28
@@ -47,7 +49,7 @@ def empirical_ntk(
     Raises:
         ValueError: if X is empty, the model has no trainable parameters, or an option is out of range.
     """
-    parameters = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    parameters = {n: p.detach() for n, p in unwrapped(model).named_parameters() if p.requires_grad}
     if not isinstance(X, Tensor) or X.ndim < 1 or not len(X):
         raise ValueError(f"X must be a tensor (samples >= 1, ...), got {tuple(X.shape)}")
     if not parameters:
@@ -61,28 +63,22 @@ def empirical_ntk(
     if block_size is not None and block_size < 1:
         raise ValueError(f"block_size must be >= 1 or None, got {block_size!r}")
     require_float64(X.device)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            C = model(X[:1]).numel()
+    plain = unwrapped(model)
+    # The fused attention kernels have no batching rule for vmap.
+    with recording_mode(model), sdpa_kernel(SDPBackend.MATH):
+        C = plain(X[:1]).numel()
         size = block_size or _fitting_block(parameters, C)
         blocks = list(X.split(size))
         Theta = torch.zeros(len(X), C, len(X), C, dtype=torch.float64, device=X.device)
         for i, first in enumerate(blocks):
-            J = _jacobians(model, parameters, first, C)
+            J = _jacobians(plain, parameters, first, C)
             for j, second in enumerate(blocks[: i + 1]):
-                other = J if j == i else _jacobians(model, parameters, second, C)
+                other = J if j == i else _jacobians(plain, parameters, second, C)
                 part = _contract(J, other, weights)
-                rows, columns = (
-                    slice(i * size, i * size + len(first)),
-                    slice(j * size, j * size + len(second)),
-                )
+                rows = slice(i * size, i * size + len(first))
+                columns = slice(j * size, j * size + len(second))
                 Theta[rows, :, columns] = part
                 Theta[columns, :, rows] = part.permute(2, 3, 0, 1)
-    finally:
-        for module, training in modes:
-            module.training = training
     found = Theta.cpu().numpy()
     return found if outputs else np.einsum("icjc->ij", found) / C
 
