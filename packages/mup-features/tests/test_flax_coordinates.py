@@ -6,9 +6,9 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from nnx_models import MLP
+from nnx_models import MLP, Transformer
 
-from mup_features.flax import coordinate_check, infer_roles, init_rescale, mup_transform
+from mup_features.flax import attention_fn, coordinate_check, infer_roles, init_rescale, mup_transform
 
 
 class Twisted(nnx.Module):
@@ -145,8 +145,36 @@ def adam(model, roles=None):
 
 
 def test_mup_passes_and_the_standard_parametrization_fails():
-    good = coordinate_check(mup, batch, WIDTHS, range(4), 3, optimizer_fn=adam).verdict()
+    good = coordinate_check(mup, batch, WIDTHS, range(3), 2, optimizer_fn=adam).verdict()
     assert good.passed, str(good)
-    bad = coordinate_check(MLP, batch, WIDTHS, range(4), 3, optimizer_fn=adam).verdict()
+    bad = coordinate_check(MLP, batch, WIDTHS, range(3), 2, optimizer_fn=adam).verdict()
     assert bad.outcome == "FAIL"
     assert {"middle", "leave"} <= {judged.module for judged in bad.judged if judged.outcome == "FAIL"}
+
+
+def texts(seed, step):
+    tokens = jax.random.randint(jax.random.key(seed), (8, 7), 0, 11)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_transformer_passes_under_mup_and_fails_under_the_standard_parametrization(tied):
+    def build(width, rngs):
+        return Transformer(width, rngs, tied=tied, attention_fn=attention_fn(4))
+
+    def with_mup(width, rngs):
+        model = build(width, rngs)
+        base, other = (nnx.eval_shape(lambda n=n: build(n, nnx.Rngs(0))) for n in (16, 32))
+        roles = infer_roles(model, base, other)
+        return init_rescale(model, roles, init={"positions": "constant", "*": "fan_in"}), roles
+
+    def standard(width, rngs):
+        return Transformer(width, rngs, tied=tied)
+
+    def check(model_fn):
+        return coordinate_check(model_fn, texts, (64, 512), range(5), 2, optimizer_fn=adam).verdict()
+
+    good, bad = check(with_mup), check(standard)
+    assert good.passed, str(good)
+    assert bad.outcome == "FAIL"

@@ -19,12 +19,25 @@ def report():
     return CoordReport((32, 64, 128), (0, 1, 2), ("fc", "out"), ("out",), sizes, changes)
 
 
-def test_coordinate_figure_has_a_column_per_module_and_a_curve_per_step(report):
-    axes = plots.coordinate_figure(report).axes
-    assert len(axes) == 4
-    assert [len(ax.get_lines()) for ax in axes] == [4, 4, 3, 3]  # the change at step 0 is zero
-    assert axes[1].get_title() == "out"
-    np.testing.assert_allclose(axes[3].get_lines()[-1].get_ydata(), 3.0)
+def test_coordinate_figure_has_two_panels_per_module_and_a_curve_per_step(report):
+    sizes_fc, sizes_out, changes_fc, changes_out = plots.coordinate_figure(report).axes
+    assert [len(ax.get_lines()) for ax in (sizes_fc, sizes_out, changes_fc, changes_out)] == [4, 4, 3, 3]
+    assert sizes_out.get_title() == "out"
+    np.testing.assert_allclose(changes_out.get_lines()[-1].get_ydata(), 3.0)
+
+
+def test_many_modules_stand_six_abreast(report):
+    names = tuple(f"layer {k}" for k in range(8))
+    wide = CoordReport(report.widths, report.seeds, names, (), *(np.ones((3, 3, 4, 8)) for _ in range(2)))
+    figure = plots.coordinate_figure(wide)
+    assert [ax.get_title() for ax in figure.axes if ax.get_title()] == list(names)
+    assert len(figure.axes) == 4 * 6
+    assert sum(ax.axison for ax in figure.axes) == 2 * 8
+
+
+def test_curves_that_differ_by_noise_alone_look_flat(report):
+    low, high = plots.coordinate_figure(report).axes[3].get_ylim()
+    assert high >= 10.0 * low
 
 
 def test_reports_save_their_figures_in_one_step(report, tmp_path):

@@ -288,7 +288,7 @@ class CoordReport:
         return self.to_markdown()
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Save sizes and changes versus width, one curve per step and one column per module.
+        """Save sizes and changes versus width, one curve per step and two panels per module.
 
         Args:
             path: the file; its suffix is the format (.png, .svg, .pdf).

@@ -1,6 +1,6 @@
 """Pictures of checks and measures over width (extra "plot").
 
-    coordinate_figure       sizes and changes versus width, one curve per step, one column per module
+    coordinate_figure       sizes and changes versus width, one curve per step, a pair of panels per module
     sweep_figure            loss versus learning rate, one curve per width, optima marked
     measure_versus_width    any measure versus width, one curve per scheme, limits dashed, on given axes
 
@@ -53,33 +53,42 @@ STYLE: dict[str, Any] = {
     "ytick.color": "#6b7280",
 }
 _MARKERS = "osD^vP*X"
+_COLUMNS = 6
 
 
 def coordinate_figure(report: "CoordReport") -> Figure:
-    """Sizes (top) and changes since initialization (bottom) versus width on logarithmic axes.
+    """Sizes and, below, changes since initialization versus width on logarithmic axes, six modules abreast.
 
     Args:
         report: of a coordinate check. Curves are geometric means over seeds with the range of the seeds;
             later steps are darker.
     """
     with house_style():
-        columns = len(report.modules)
-        figure = Figure(figsize=(1.5 + 2.4 * columns, 5.2), layout="constrained")
-        grid = figure.subplots(2, columns, squeeze=False, sharex=True)
-        for row, (values, word) in enumerate(((report.sizes, "size"), (report.changes, "change"))):
-            for k, name in enumerate(report.modules):
-                axes = grid[row, k]
+        columns = min(len(report.modules), _COLUMNS)
+        bands = -(-len(report.modules) // columns)
+        figure = Figure(figsize=(1.2 + 2.2 * columns, 0.4 + 4.4 * bands), layout="constrained")
+        grid = figure.subplots(2 * bands, columns, squeeze=False, sharex=True)
+        for axes in grid.flat:
+            axes.set_axis_off()
+        for k, name in enumerate(report.modules):
+            band, column = divmod(k, columns)
+            for row, values in enumerate((report.sizes, report.changes)):
+                axes = grid[2 * band + row, column]
+                axes.set_axis_on()
                 for step in range(row, report.steps + 1):
                     colour = colormaps["viridis"](0.92 - 0.8 * step / max(report.steps, 1))
                     _band(axes, report.widths, values[:, :, step, k], colour, f"step {step}")
                 axes.set(xscale="log", yscale="log")
+                _at_least_a_decade(axes)
                 _ticks(axes, report.widths)
+                axes.tick_params(labelbottom=row == 1)
+                if column == 0:
+                    axes.set_ylabel(f"{report.record} of change" if row else f"{report.record} (size)")
                 if row == 0:
                     axes.set_title(name)
                 else:
                     axes.set_xlabel("width")
-            grid[row, 0].set_ylabel(f"{report.record} of {word}" if row else f"{report.record} (size)")
-        grid[0, -1].legend(fontsize="small")
+        grid[0, 0].legend(fontsize="x-small")
         figure.suptitle(f"coordinate check: {report.verdict().outcome}")
         return figure
 
@@ -188,6 +197,14 @@ def _band(axes: Axes, widths: Sequence[int], values: np.ndarray, colour: Any, la
     axes.fill_between(widths, shown.min(1), shown.max(1), color=colour, alpha=0.15, linewidth=0.0)
     mean = np.exp(np.log(shown).mean(1))
     axes.plot(widths, mean, color=colour, marker="o", markersize=3, linewidth=1.2, label=label)
+
+
+def _at_least_a_decade(axes: Axes) -> None:
+    """Curves that differ by noise alone shall look flat."""
+    low, high = axes.get_ylim()
+    if high < 10.0 * low:
+        middle = (low * high) ** 0.5
+        axes.set_ylim(middle / 10.0**0.5, middle * 10.0**0.5)
 
 
 def _ticks(axes: Axes, widths: Sequence[int]) -> None:
