@@ -27,7 +27,7 @@ def run(
         depth=depth, activation=activation, input_dim=X.shape[1], output_dim=y[0].size, lr=lr, **chosen
     )
     recorded = sorted({*range(0, steps, every), steps})
-    return quadrature_trajectory(plan, checked_data(plan, X, y, tests), recorded, record, points=points)
+    return quadrature_trajectory(plan, checked_data(plan, X, y, X_test), recorded, record, points=points)
 
 
 def test_r2_of_one_layer_and_three_steps(x64):
