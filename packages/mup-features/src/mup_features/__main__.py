@@ -7,8 +7,8 @@
     python -m mup_features report before.npz after.npz
 
 Exit status: 0; 1 for a coordinate check that fails or a limit that diverges; 2 for wrong words or values; 3
-for a coordinate check that cannot be decided; 4 for a missing dependency. Only `coord-check` and `limit` need a
-framework.
+for a coordinate check that cannot be decided; 4 for a missing dependency. A framework is needed only by
+`coord-check` and `limit`.
 """
 
 import argparse

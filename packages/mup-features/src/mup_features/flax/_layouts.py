@@ -16,7 +16,6 @@ __all__ = ["layout_of", "node_at", "parameters", "value_of"]
 _ENTRYWISE = (
     nnx.BatchNorm,
     nnx.GroupNorm,
-    nnx.InstanceNorm,
     nnx.LayerNorm,
     nnx.RMSNorm,
     nnx.Linear,
@@ -24,6 +23,7 @@ _ENTRYWISE = (
     nnx.Conv,
     nnx.ConvTranspose,
     nnx.Einsum,
+    *([nnx.InstanceNorm] if hasattr(nnx, "InstanceNorm") else []),  # flax >= 0.12
 )
 
 
