@@ -164,9 +164,10 @@ def test_rates_from_alignment_learn_features_where_the_update_has_its_own_size(n
 
 @pytest.mark.parametrize("form", ["mult", "pure", "symmetric"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adafactor", "sign", "muon"])
-def test_the_forms_of_mup_have_one_effective_size_and_rate(form, optimizer):
+@pytest.mark.parametrize("alignment", ["full", "none", (0.75, 0.5)])
+def test_the_forms_of_mup_have_one_effective_size_and_rate(form, optimizer, alignment):
     n, depth = 64, 2
-    parametrization = Parametrization("mup", form=form, optimizer=optimizer)
+    parametrization = Parametrization("mup", form=form, optimizer=optimizer, alignment=alignment)
     power = {"sgd": 2, "adafactor": 0}.get(optimizer, 1)
     for i, role in enumerate(("input", "hidden", "output")):
         fans = (3 if role == "input" else n, 5 if role == "output" else n)

@@ -230,6 +230,17 @@ def test_the_wrapper_scales_rates_in_tensors_in_place():
     )
 
 
+def test_the_wrapper_follows_groups_that_are_added_later():
+    optimizer = sgd()
+    scheduler = ScaledLRScheduler(optimizer, lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=8))
+    extra = {"max_lr": 0.1, "min_lr": 1e-6, "initial_lr": 0.004, "max_momentum": 0.95, "base_momentum": 0.85}
+    optimizer.add_param_group({"params": nn.Parameter(torch.ones(1)), "lr_scale": 2.0, "lr": 0.008, **extra})
+    optimizer.step()
+    scheduler.step()
+    rates = [group["lr"] / group["lr_scale"] for group in optimizer.param_groups]
+    assert rates == pytest.approx([rates[0]] * len(rates), rel=1e-12)
+
+
 def test_the_wrapper_needs_groups_with_factors():
     with pytest.raises(ValueError, match="must be built from param_groups"):
         ScaledLRScheduler(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1), ABSOLUTE["cosine"])

@@ -36,6 +36,12 @@ class ParameterInfo:
     default_rms: float | None = None
     uniform: bool = True
 
+    @property
+    def scalable(self) -> bool:
+        """Whether a multiplier in front of the module is one in front of this parameter alone."""
+        known = self.layout.owner in ("linear", "conv", "embedding")
+        return known if self.layout.scalable is None else self.layout.scalable
+
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The user's module inside DistributedDataParallel, DataParallel and torch.compile."""

@@ -54,9 +54,19 @@ def multiplier_of(module: nn.Module) -> float:
 
 
 def set_multiplier(module: nn.Module, value: float) -> None:
-    """Put a constant in front of a module's weight, unless it is 1 or there already."""
-    if value == 1.0 or multiplier_of(module) == value:
+    """Put a constant in front of a module's weight, unless it is 1 or there already.
+
+    Raises:
+        ValueError: if another constant stands there.
+    """
+    present = multiplier_of(module)
+    if present == value:
         return
+    if present != 1.0:
+        raise ValueError(
+            f"roles must be those the model was scaled with: a {type(module).__name__} has the multiplier "
+            f"{present!r}, these ask for {value!r}"
+        )
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         module.register_forward_hook(OutputMultiplier(value))
     else:

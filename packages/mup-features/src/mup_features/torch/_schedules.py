@@ -33,7 +33,7 @@ class ScaledLRScheduler(Generic[Inner]):
         if any("lr_scale" not in group for group in optimizer.param_groups):
             raise ValueError("optimizer must be built from param_groups: a group has no 'lr_scale'")
         self.optimizer = optimizer
-        self._base: list[float | None] = [None] * len(optimizer.param_groups)
+        self._base: dict[int, float] = {}
         with self._base_rates():
             self.scheduler = factory(optimizer)
 
@@ -63,7 +63,7 @@ class ScaledLRScheduler(Generic[Inner]):
         """
         groups = self.optimizer.param_groups
         for index, group in enumerate(groups):
-            lr, scale, base = group["lr"], group["lr_scale"], self._base[index]
+            lr, scale, base = group["lr"], group["lr_scale"], self._base.get(index)
             if isinstance(lr, Tensor):
                 lr.div_(scale)
             else:

@@ -89,7 +89,10 @@ def infer_roles(
         others = _with_aliases(_shapes_of(other), groups)
         known = compare_widths(known, {name: _sizes(shape) for name, shape in others.items()})
     layouts = {name: info.layout for name, info in infos.items()}
-    roles = roles_from_shapes(shapes, known, layouts, overrides=overrides)
+    roles = {
+        name: replace(role, scalable=role.scalable and infos[name].scalable)
+        for name, role in roles_from_shapes(shapes, known, layouts, overrides=overrides).items()
+    }
     for names in groups:
         shared = _shared_role(names, roles, infos, shapes, known)
         roles.update(dict.fromkeys(names, shared))
@@ -134,7 +137,8 @@ def apply_mup(
 
     Raises:
         ValueError: if parameters have no role or lie on the meta device, the model was scaled in another
-            form, a tied readout should start at zero, or the initialisation cannot be told.
+            form or with other roles, a tied readout should start at zero, or the law of the initialisation
+            cannot be told.
     """
     if form not in get_args(Form):
         raise ValueError(f"form must be one of {', '.join(get_args(Form))}, got {form!r}")
@@ -143,8 +147,12 @@ def apply_mup(
     _same_parameters(parameters, roles)
     infos = parameter_infos(root)
     marked = _mark_of(root, form)
-    if zero_readout and (tied := [name for name, role in roles.items() if role.tied]):
-        raise ValueError(f"zero_readout must be False where the readout shares its weight with {tied[0]!r}")
+    for name, role in roles.items():
+        if not infos[name].scalable and width_scales(role, form=form).multiplier != 1.0:
+            raise ValueError(
+                f"roles must have scalable=False for {name!r}: no multiplier can stand before it"
+            )
+    readouts = _readouts(parameters, roles) if zero_readout else []
     if at_base_width(roles.values()) and not zero_readout:
         return model
     unique = {names[0]: parameters[names[0]] for names in _by_tensor(parameters)}
@@ -154,8 +162,9 @@ def apply_mup(
         if rescale:
             laws = laws_of(unique, roles, infos, init)
             _rescale(unique, roles, laws, form)
-        if zero_readout:
-            _zero_readouts(root, roles)
+        with torch.no_grad():
+            for parameter in readouts:
+                parameter.zero_()
         device = next(iter(parameters.values())).device
         mark = torch.tensor(1 + get_args(Form).index(form), dtype=torch.uint8, device=device)
         root.register_buffer(MARK, mark)
@@ -331,23 +340,21 @@ def _rescale(
             parameter.mul_(factor)
 
 
-@torch.no_grad()
-def _zero_readouts(root: nn.Module, roles: Mapping[str, Role]) -> None:
-    readouts = [name for name, role in roles.items() if role.kind == "output"]
-    if not readouts:
+def _readouts(parameters: Mapping[str, nn.Parameter], roles: Mapping[str, Role]) -> list[nn.Parameter]:
+    """Weights of readouts and their biases."""
+    if tied := [name for name, role in roles.items() if role.tied]:
+        raise ValueError(f"zero_readout must be False where the readout shares its weight with {tied[0]!r}")
+    names = [name for name, role in roles.items() if role.kind == "output"]
+    if not names:
         raise ValueError("zero_readout needs a parameter of role 'output'; at base width pass `other`")
-    parameters = named_parameters(root)
-    for name in readouts:
-        parameters[name].zero_()
-        bias = parameters.get(f"{name.removesuffix('weight')}bias")
-        if name.endswith("weight") and bias is not None:
-            bias.zero_()
+    biases = [f"{name.removesuffix('weight')}bias" for name in names if name.endswith("weight")]
+    return [parameters[name] for name in (*names, *biases) if name in parameters]
 
 
 def _set_multipliers(roles: Mapping[str, Role], infos: Mapping[str, ParameterInfo], form: Form) -> None:
     for name, role in roles.items():
         info = infos[name]
-        if not role.scalable:
+        if not info.scalable:
             continue
         if role.tied and info.layout.owner != "embedding":
             set_multiplier(info.module, tied_readout_multiplier(role, form))
