@@ -25,7 +25,8 @@ class Doubled(Block):
 
 class Net(nnx.Module):
     def __init__(self, rngs):
-        self.blocks = nnx.List([Block(rngs), Doubled(rngs)])
+        # flax before 0.12 takes lists of modules as they are.
+        self.blocks = getattr(nnx, "List", list)([Block(rngs), Doubled(rngs)])
         self.readout = nnx.Linear(3, 2, rngs=rngs)
         self.tied = self.blocks[0].fc
 
@@ -93,7 +94,7 @@ def test_values_captured_inside_jit_can_be_returned_from_it(net):
 
     x = jnp.linspace(-1, 1, 6).reshape(2, 3)
     found = run(state, x)
-    assert set(found) == set(named_modules(net)) - {"blocks"}
+    assert set(found) == {name for name, module in named_modules(net).items() if callable(module)}
     # XLA fuses what eager execution does one by one: a few units in the last place of float32.
     assert jnp.allclose(found["readout"], net(x), rtol=1e-5, atol=1e-6)
 
