@@ -310,3 +310,44 @@ def test_more_directions_than_the_width_need_the_whole_matrix(x64):
 def test_without_float64_nothing_is_simulated():
     with float64(False), pytest.raises(ValueError, match="jax_enable_x64"):
         WidthSimulator(8, **BASE, key=jax.random.key(0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+def test_the_large_first_step_of_ip_moves_the_layers_that_it_should(x64, activation):
+    widths, sizes = (2_000, 32_000), []
+    for width in widths:
+        simulator = WidthSimulator(
+            width,
+            **(BASE | {"lr": 2.0}),
+            activation=activation,
+            parametrization="ip_llr",
+            replicas=4,
+            conditioning=True,
+            key=jax.random.key(0),
+        )
+        run = simulator.fit(X, Y, 3, record=("K",)).replicas
+        moved = run["K_pre"] + run["K_pre"][:, :1] - 2 * run["K_pre_cross"]
+        squares = np.diagonal(moved, axis1=-2, axis2=-1).mean(axis=(0, -1))
+        sizes.append(0.5 * np.log(squares[1:]))
+    slopes = (sizes[1] - sizes[0]) / np.log(widths[1] / widths[0])
+    # Steps 1, 2, 3 by layers 1, 2, 3. Slope 0 is reached slowly, in powers of n^{-1/2}.
+    np.testing.assert_allclose(slopes[:, :2], 0, atol=0.08)
+    np.testing.assert_allclose(slopes[1:, 2], 0, atol=0.15)
+    if activation == "tanh":  # <xbar^2, x^2_1> vanishes in the limit
+        np.testing.assert_allclose(slopes[0, 2], -0.5, atol=0.1)
+    else:
+        np.testing.assert_allclose(slopes[0, 2], 0, atol=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("depth", [1, 3])
+def test_very_wide_deep_linear_networks_are_r1_within_errors(x64, depth):
+    simulator = WidthSimulator(
+        100_000, **(BASE | {"depth": depth}), activation="identity", replicas=10, key=jax.random.key(3)
+    )
+    run = simulator.fit(X, Y, 3)
+    # Student's t with nine degrees of freedom is within 6 in all but 2e-4; the bias of order 1/n is below.
+    assert (np.abs(run.f[1:, :, 0] - R1_F[depth]) < 6 * run.stderr("f")[1:, :, 0]).all()
+    K = run.mean("K_post")[3, -1][np.triu_indices(2)]
+    assert (np.abs(K - R1_K[depth]) < 6 * run.stderr("K_post")[3, -1][np.triu_indices(2)]).all()
