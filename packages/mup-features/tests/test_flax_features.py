@@ -47,7 +47,7 @@ def moved(net):
 def test_auto_takes_inputs_of_weight_layers_as_post_and_outputs_as_pre_activations(X):
     net = Net()
     expected = by_hand(net, X)
-    both = record_features(net, [X[:4], X[4:]], when="both", tag="init", bounds=(-1, 1))
+    both = record_features(net, [X[:4], X[4:]], when="both", tag="init", bounds=(-1.0, 1.0))
     assert list(both.layers) == ["fc1.output", "fc2.input", "fc2.output", "out.input"]
     for name, layer in both.layers.items():
         # float32 matrix products in another order.

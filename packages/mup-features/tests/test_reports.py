@@ -150,5 +150,6 @@ def test_the_figure_is_written_whole_for_any_report(pair, tmp_path):
     assert titles[1] == "lambda_min" and titles[8].startswith("fc2: eigenvalues")
     joint = next(line for line in figure.axes[8].lines if line.get_label() == "joint")
     assert joint.get_ydata() == pytest.approx(report.spectra["fc2"]["joint"][::-1])
-    report.plot(tmp_path / "report.png")
+    small = [FeatureSnapshot.from_arrays({"fc1": arrays["fc1"]}, "t") for arrays in (zero, pair[1])]
+    compare(*small).plot(tmp_path / "report.png")
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")

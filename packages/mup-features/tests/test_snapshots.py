@@ -33,7 +33,7 @@ def test_a_snapshot_survives_a_file_bit_for_bit(tmp_path, keep):
         "step 5",
         reference=arrays(0),
         keep_features=keep,
-        bounds=(-1, 1),
+        bounds=(-1.0, 1.0),
         sample_keys=np.arange(4.0),
         metadata={"lr": 0.1, "layers": ["a", "b"]},
     )
@@ -49,7 +49,7 @@ def test_a_snapshot_survives_a_file_bit_for_bit(tmp_path, keep):
 def test_a_layer_holds_gram_cross_products_and_displacements_of_its_features():
     A, A0 = arrays(1), arrays(0)
     A["fc1"][:, 3] = 0
-    layer = FeatureSnapshot.from_arrays(A, "t", reference=A0, keep_features=False, bounds=(-9, 9)).layers[
+    layer = FeatureSnapshot.from_arrays(A, "t", reference=A0, keep_features=False, bounds=(-9.0, 9.0)).layers[
         "fc1"
     ]
     a, a0 = A["fc1"].astype(float), A0["fc1"].astype(float)

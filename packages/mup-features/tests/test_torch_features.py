@@ -236,7 +236,7 @@ def test_batches_may_be_pairs_mappings_or_anything_with_a_forward(model, X):
 
 
 def test_saturated_entries_are_counted(model, X):
-    found = FeatureRecorder(model, bounds=(-1, 1)).snapshot([100 * X], "t").layers["2.input"]
+    found = FeatureRecorder(model, bounds=(-1.0, 1.0)).snapshot([100 * X], "t").layers["2.input"]
     x = by_hand(model, 100 * X)["1"]
     assert found.saturated == np.mean(np.abs(x) >= 0.98) > 0.5
 

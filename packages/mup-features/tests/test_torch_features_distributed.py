@@ -31,7 +31,7 @@ def parts(snapshot):
 
 def record(model, batches, **options):
     init = build(7)
-    kept = FeatureRecorder(model, bounds=(-1, 1), **options).snapshot(batches, "t")
+    kept = FeatureRecorder(model, bounds=(-1.0, 1.0), **options).snapshot(batches, "t")
     light = FeatureRecorder(model, keep_features=False, passes=2, **options)
     before = FeatureRecorder(init, **options).snapshot(batches, "init")
     by_model, by_snapshot = (light.snapshot(batches, "t", reference) for reference in (init, before))

@@ -12,6 +12,11 @@ the pass, samples x n in the model's precision, and then enter float64 sums chun
 over the loader k times and holds 1/k of the columns each time. Without kept features a snapshot is
 O(samples^2); to compare it with an earlier time all the same, give `reference`: the earlier snapshot if it
 kept its features, or the earlier model itself, which then runs beside this one.
+
+Every recorded layer costs samples^2 x n float64 operations, half of a full product. For 1024 samples and
+n = 4096 that is a quarter of what one such layer's float32 forward pass costs on a CPU, where float64 is half
+as fast. Products in float32 would be cheaper and useless: their error of 1e-7 ||K|| lies above the
+eigenvalues one looks for.
 """
 
 from collections.abc import Callable, Iterable, Sequence
