@@ -128,6 +128,18 @@ def test_the_three_forms_are_one_function(tied):
     np.testing.assert_allclose(outputs[2], outputs[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("form", ["mult", "pure", "symmetric"])
+def test_a_tied_readout_is_the_embedding_over_m_in_every_form(form):
+    model, plain = (Transformer(32, nnx.Rngs(0), tied=True) for _ in range(2))
+    roles = infer_roles(model, abstract(Transformer, 8, tied=True))
+    init_rescale(model, roles, form, {"embed*": "constant", "*": "fan_in"})
+    h, tokens = jnp.ones((2, 32)), jnp.arange(3)
+    np.testing.assert_allclose(model.embed(tokens), plain.embed(tokens), rtol=1e-6)  # float32
+    np.testing.assert_allclose(model.embed.attend(h), plain.embed.attend(h) / 4.0, rtol=1e-5, atol=1e-6)
+    by_hand = (h * readout_multiplier(roles["embed.embedding"], form)) @ model.embed.embedding[...].T
+    np.testing.assert_allclose(model.embed.attend(h), by_hand, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_model_of_base_width_stays_as_it_is_bitwise(tied):
     model, plain = (Transformer(32, nnx.Rngs(1), tied=tied) for _ in range(2))
@@ -202,7 +214,7 @@ class Constant(nnx.Module):
 
 @pytest.mark.parametrize("init", ["auto", "constant", {"leave*": "constant", "*": "auto"}])
 def test_constant_initializers_are_told_apart_from_those_of_flax(init):
-    model, base = Constant(64, nnx.Rngs(0)), Constant(16, nnx.Rngs(1))
+    model, base = Constant(32, nnx.Rngs(0)), Constant(8, nnx.Rngs(1))
     before = values(model)
     init_rescale(model, infer_roles(model, base), init=init)
     after = values(model)
@@ -211,8 +223,8 @@ def test_constant_initializers_are_told_apart_from_those_of_flax(init):
 
 
 def test_initializers_that_cannot_be_told_are_refused_before_anything_changes():
-    model = Constant(64, nnx.Rngs(0))
-    before, roles = values(model), infer_roles(model, abstract(Constant, 16))
+    model = Constant(32, nnx.Rngs(0))
+    before, roles = values(model), infer_roles(model, abstract(Constant, 8))
     with pytest.raises(ValueError, match=r"init must say how 'leave.kernel' depends on width"):
         init_rescale(model, roles)
     with pytest.raises(ValueError, match=r"init has no pattern for parameter 'enter.bias'"):

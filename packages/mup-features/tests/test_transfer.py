@@ -13,7 +13,7 @@ LRS = tuple(2.0**k for k in range(-12, -3))
 
 
 def falling(width, lr, seed):
-    """Best rate 2^-7.3 at width 64, half an octave lower for each octave of width; at top level, to pickle."""
+    """Best rate 2^-7.3 at width 64, half an octave lower per octave of width; at top level, to pickle."""
     best = -7.3 - 0.5 * math.log2(width / 64)
     return 1.0 + 0.1 * (math.log2(lr) - best) ** 2 + 0.01 * seed
 
