@@ -40,11 +40,12 @@ def coordinate_check(
 
         def model_fn(width, rngs):
             model = Transformer(width, rngs=rngs)
-            roles = infer_roles(model, nnx.eval_shape(lambda: Transformer(64, rngs=nnx.Rngs(0))))
+            base, other = (nnx.eval_shape(lambda: Transformer(n, rngs=nnx.Rngs(0))) for n in (64, 32))
+            roles = infer_roles(model, base, other)
             return init_rescale(model, roles), roles
 
         report = coordinate_check(
-            model_fn, batch_fn, [64, 128, 256, 512], seeds=range(3),
+            model_fn, batch_fn, [64, 128, 256, 512], seeds=range(6),
             optimizer_fn=lambda model, roles: nnx.Optimizer(
                 model, mup_transform(optax.adam(1e-3), roles), wrt=nnx.Param
             ),
@@ -54,9 +55,10 @@ def coordinate_check(
     Args:
         model_fn: called with (width, rngs), returns the model or a pair (model, roles).
         batch_fn: called with (seed, step), returns a batch; the same for the same arguments, and of the same
-            data at every width.
+            data at every width. Real and small: the updates of many unrelated samples in one batch align with
+            one another only at widths beyond their number, and slopes below that are not those of the limit.
         widths: at least two, increasing; four octaves give clear slopes.
-        seeds: distinct; at least three for a verdict. `nnx.Rngs(seed)` is what `model_fn` gets.
+        seeds: distinct; at least three for a verdict, five or more for a clear one. `nnx.Rngs(seed)` is what `model_fn` gets.
         steps: updates, >= 1; at least 2 for a verdict.
         optimizer_fn: called with the model, and with the roles where `model_fn` gave some.
         loss_fn: called with (model, batch), returns the loss; it is jitted. By default a batch is a pair

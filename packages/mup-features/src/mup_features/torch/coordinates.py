@@ -36,12 +36,12 @@ def coordinate_check(
 
         def model_fn(width):
             model = Transformer(width)
-            roles = infer_roles(model, base=Transformer(64))
+            roles = infer_roles(model, base=Transformer(64), other=Transformer(32))
             apply_mup(model, roles)
             return model, roles
 
         report = coordinate_check(
-            model_fn, batch_fn, [64, 128, 256, 512], seeds=range(3),
+            model_fn, batch_fn, [64, 128, 256, 512], seeds=range(6),
             optimizer_fn=lambda model, roles: torch.optim.AdamW(param_groups(model, roles, lr=1e-3)),
         )
         report.verdict()
@@ -50,9 +50,10 @@ def coordinate_check(
         model_fn: called with a width, returns the model, on its device, or a pair (model, roles). Global
             random state is seeded before.
         batch_fn: called with (seed, step), returns a batch; the same for the same arguments, and of the same
-            data at every width.
+            data at every width. Real and small: the updates of many unrelated samples in one batch align with
+            one another only at widths beyond their number, and slopes below that are not those of the limit.
         widths: at least two, increasing; four octaves give clear slopes.
-        seeds: distinct; at least three for a verdict.
+        seeds: distinct; at least three for a verdict, five or more for a clear one.
         steps: updates, >= 1; at least 2 for a verdict.
         optimizer_fn: called with the model, and with the roles where `model_fn` gave some.
         loss_fn: called with (model, batch), returns the loss. By default a batch is a pair (inputs, targets);
