@@ -58,7 +58,8 @@ def coordinate_check(
             data at every width. Real and small: the updates of many unrelated samples in one batch align with
             one another only at widths beyond their number, and slopes below that are not those of the limit.
         widths: at least two, increasing; four octaves give clear slopes.
-        seeds: distinct; at least three for a verdict, five or more for a clear one. `nnx.Rngs(seed)` is what `model_fn` gets.
+        seeds: distinct; at least three for a verdict, five or more for a clear one. `nnx.Rngs(seed)` is what
+            `model_fn` gets.
         steps: updates, >= 1; at least 2 for a verdict.
         optimizer_fn: called with the model, and with the roles where `model_fn` gave some.
         loss_fn: called with (model, batch), returns the loss; it is jitted. By default a batch is a pair
