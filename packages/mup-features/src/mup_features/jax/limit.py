@@ -29,6 +29,7 @@ from .fields import MAX_SOBOL_DIMS, FieldSource, Sampler
 from .kernel_run import kernel_trajectory
 from .limit_run import LimitState, Run
 from .losses import Reduction, SampleLoss
+from .quadrature import quadrature_trajectory
 from .replica import Layers, RankError
 from .run_plan import RECORDABLE, Data, checked_count, checked_data, recorded_steps, settings
 from .trajectory import DivergedError, Trajectory
@@ -171,13 +172,16 @@ class InfiniteWidthMLP:
     ) -> Trajectory:
         """Train from fresh weights; the same call gives the same numbers.
 
+        Quadrature and the NTP and SP limits leave no state: there is nothing to save or to resume.
+
         Args:
             X: training inputs.
             y: targets, [n] or [n, C].
             steps: number of updates >= 0.
             X_test: inputs that are only looked at.
             record: which of "f" (with the loss; always), "K" (Gram matrices of h and x, also with those of
-                step 0), "G" (Gram matrices of b) and "change".
+                step 0), "G" (Gram matrices of b) and "change". With minibatches "K" and "change" give the
+                bases the features of all samples at step 0, which moves other numbers within their errors.
             every: record steps 0, every, 2 every, ... and the last.
             save_to: file to which the state is saved on the way and at the end.
             save_every: number of updates between two saves.
@@ -188,17 +192,20 @@ class InfiniteWidthMLP:
                 trajectory so far.
         """
         data = checked_data(self.settings, X, y, X_test)
-        recorded_steps(steps, every, record)
+        recorded = recorded_steps(steps, every, record)
         checked_count("save_every", save_every, 1)
         if len(np.unique(data.X, axis=0)) < len(data.X):
             warnings.warn(
                 "X has equal rows: their features are equal, so Gram matrices are singular", stacklevel=2
             )
-        if self.scheme in ("ntp", "sp"):
+        if self.method == "quadrature" or self.scheme in ("ntp", "sp"):
+            if save_to is not None:
+                raise ValueError(f"save_to must be None where there is no sampler's state, got {save_to!r}")
+            self._run = self.state = None
+            if self.method == "quadrature":
+                return quadrature_trajectory(self.settings, data, recorded, record)
             batch_key, _ = jax.random.split(self.key)
-            return kernel_trajectory(
-                self.settings, self.scheme, data, recorded_steps(steps, every, record), record, batch_key
-            )
+            return kernel_trajectory(self.settings, self.scheme, data, recorded, record, batch_key)
         self._run = self._new_run(data, frozenset(record), every)
         self.state = self._run.start(CAPACITY)
         return self._advance(steps, save_to, save_every)

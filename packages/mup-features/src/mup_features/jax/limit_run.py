@@ -5,6 +5,7 @@ step t is known and recorded; `apply` moves the weights. The last step of a run 
 exactly as a longer run would have done, so that a run can be taken up again bit for bit.
 """
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -106,15 +107,21 @@ class Run:
     ) -> None:
         self.settings, self.layers, self.sources, self.data = settings, layers, sources, data
         self.record, self.every, self.batch_key, self.first_step = record, every, batch_key, first_step
-        coordinates = jnp.asarray(data.coordinates().T)
+        # Test inputs have no part in the basis, so that training is the same with and without them.
+        self.train, self.test, self.beyond = (jnp.asarray(part.T) for part in data.coordinates_apart())
         self.samples = len(data.X)
-        self.train, self.test = coordinates[:, : self.samples], coordinates[:, self.samples :]
         self.y = jnp.asarray(data.y)
+        self._warned = False
 
     def start(self, capacity: int) -> LimitState:
         """Replicas before training, with room for that many directions of each matrix."""
         layers = self.first_step or self.layers
         inputs, count = len(self.train), self.settings.output_dim
+        samples = self._samples()
+        if layers.match and inputs + count + 2 > samples:
+            raise ValueError(
+                f"samples must exceed the fields of W^1, V and biases, {inputs + count + 1}, got {samples}"
+            )
         return LimitState(
             0, [new_replica(layers, source, inputs, count, capacity) for source in self.sources]
         )
@@ -141,12 +148,27 @@ class Run:
             prepared.append(step.prepared)
             records.append(step.record)
             starts.append(step.start)
+        self._warn_if_crowded(state)
         state.prepared = prepared
         if recording:
             if not state.starts and self.record & {"K", "change"}:
                 state.starts = starts
             state.recorded.append(state.step)
             state.records.append(records)
+
+    def _warn_if_crowded(self, state: LimitState) -> None:
+        used, samples = max(max(replica.fields_used) for replica in state.replicas), self._samples()
+        if self.layers.match and not self._warned and 4 * used > samples:
+            self._warned = True
+            warnings.warn(
+                f"at step {state.step} a population of samples={samples} points holds {used} orthonormal "
+                "fields, more than a quarter: too few degrees of freedom are left to be independent; "
+                "raise samples or tol",
+                stacklevel=5,
+            )
+
+    def _samples(self) -> int:
+        return self.sources[0][0].samples
 
     def apply(self, state: LimitState) -> None:
         """Move the weights by the prepared step."""
@@ -190,18 +212,25 @@ class Run:
         recording: bool,
         start: Start | None,
     ) -> "_Step":
+        everything = None
+        if recording and not start and self.record & {"K", "change"} and len(batch) < self.samples:
+            # Later steps are compared with this one: what W_0 makes of samples outside the batch must last.
+            fresh = Fresh(self.layers, source, replica)
+            everything, replica = forward(self.layers, replica, self.train, fresh, keep=True)
         fresh = Fresh(self.layers, source, replica)
         signals, replica = forward(self.layers, replica, self.train[:, batch], fresh, keep=True)
         f = _finite(outputs(replica, signals))
         record: Record = {}
         if recording:
-            everything, f_all = signals, f
-            if len(batch) < self.samples:
-                everything, f_all = self._look(replica, source, self.train)
+            if len(batch) == self.samples:
+                everything = signals
+            elif everything is None:
+                everything = self._look(replica, source, self.train)[0]
+            f_all = outputs(replica, everything)
             record = self._record(everything, f_all, start)
             start = start or Start(everything.h, everything.x)
             if self.test.shape[1]:
-                record["f_test"] = np.asarray(self._look(replica, source, self.test)[1])
+                record["f_test"] = np.asarray(self._look(replica, source, self.test, self.beyond)[1])
         chi = self.settings.loss.chi(f, self.y[batch])
         back, replica = backward(self.layers, replica, signals, chi, fresh, keep=True)
         if recording and "G" in self.record:
@@ -225,8 +254,7 @@ class Run:
         if recording:
             record = self._record(seen, f, None)
             if self.test.shape[1]:
-                onlooker, _ = forward(self.layers, vanished, self.test, fresh, keep=False)
-                record["f_test"] = np.asarray(outputs(replica, onlooker))
+                record["f_test"] = np.asarray(self._look(vanished, source, self.test, self.beyond)[1])
             if "G" in self.record:
                 chi = self.settings.loss.chi(f[batch], self.y[batch])
                 part = Signals(_chosen(seen.h, batch), _chosen(seen.x, batch), ())
@@ -239,11 +267,15 @@ class Run:
         return _Step(replica, Prepared(signals, back, chi), record, Start(seen.h, seen.x))
 
     def _look(
-        self, replica: Replica, source: tuple[FieldSource, ...], inputs: Float[Array, "d inputs"]
+        self,
+        replica: Replica,
+        source: tuple[FieldSource, ...],
+        inputs: Float[Array, "d inputs"],
+        beyond: Float[Array, "beyond inputs"] | None = None,
     ) -> tuple[Signals, Float[Array, "inputs outputs"]]:
         """A pass that leaves no trace."""
         fresh = Fresh(self.layers, source, replica)
-        signals, _ = forward(self.layers, replica, inputs, fresh, keep=False)
+        signals, _ = forward(self.layers, replica, inputs, fresh, keep=False, beyond=beyond)
         return signals, outputs(replica, signals)
 
     def _record(self, signals: Signals, f: Float[Array, "n outputs"], start: Start | None) -> Record:

@@ -27,7 +27,7 @@ from jaxtyping import Array, Float
 from .fields import Columns, inverse_transpose, mean_products
 
 ROUND = 1e-6
-"""A round of orthonormalisation takes directions down to this share of the largest; so many digits it loses."""
+"""Directions shorter than this share of the longest wait for the next round: a round loses as many digits."""
 
 __all__ = ["Basis", "Matrix", "Product", "empty_basis", "grown", "product", "record_update"]
 
@@ -114,7 +114,7 @@ def product(
     x: Columns,
     *,
     transpose: bool,
-    fresh: Callable[[int, Columns], Columns],
+    fresh: Callable[[int, int, Columns], Columns],
     tol: float,
     extend: bool,
 ) -> Product:
@@ -124,7 +124,8 @@ def product(
         matrix: the matrix.
         x: [M, B] on the population of the argument.
         transpose: whether W^T is meant.
-        fresh: gives that many fresh fields on the population of the result, beside those of this side.
+        fresh: gives a number of fresh fields on the population of the result, beside those of this side, in
+            columns of another number, the others zero.
         tol: directions shorter than this, relative to the longest argument so far, are dropped. Not to x
             itself: backward signals shrink as training converges, and what they move shrinks with them.
         extend: whether the basis keeps the new directions. Without, the product is that of an onlooker: it
@@ -136,17 +137,15 @@ def product(
     if matrix.scale == 0.0 and not extend:
         return Product(value, coefficients, near)
     longest = jnp.maximum(near.longest, jnp.max(_norms(x)))
-    done = 0
-    width = x.shape[1]
     temporary: tuple[Columns, ...] = ()
-    while done < width:
-        found, directions, rest = _directions(near.q, temporary, rest, longest, tol)
-        count = int(found)
+    more = True
+    while more:
+        found, more, directions, rest = _directions(near.q, temporary, rest, longest, tol)
+        count, more = int(found), bool(more)
         if count == 0:
             break
-        done += count
-        fields = fresh(count, near.g) if matrix.scale else jnp.zeros_like(directions[:, :count])
-        fields = _padded(fields, width)
+        # As many columns each time as x has: one shape is compiled once.
+        fields = fresh(count, x.shape[1], near.g) if matrix.scale else jnp.zeros_like(directions)
         value, coefficients = _add_new(value, coefficients, x, directions, fields, matrix.scale, near.rank)
         if extend:
             near = _append(near, directions, fields, count)
@@ -163,23 +162,23 @@ def _norms(x: Columns) -> Float[Array, " columns"]:
 def _known(q, g, far_q, far_g, learned, scale, x):
     """The part of the product within the basis, x in the basis, and what of x lies outside.
 
-    Twice is enough: the second projection removes what rounding left of the first (Kahan and Parlett).
+    What rounding leaves of the basis in the rest is removed from its directions, by a second projection;
+    twice is enough (Kahan and Parlett).
     """
     coefficients = mean_products(q, x)
     rest = x - q @ coefficients
-    again = mean_products(q, rest)
-    rest = rest - q @ again
-    coefficients = coefficients + again
     response = scale * mean_products(far_g, x) - learned.T @ coefficients
     return scale * (g @ coefficients) + far_q @ response, coefficients, rest
 
 
 @jax.jit
 def _directions(q, temporary, rest, longest, tol):
-    """Orthonormal directions of the rest, the longest first, and what is still outside.
+    """Number of new directions, whether more are left, the directions, the longest first, and what is left.
 
     Eigenvectors of the Gram matrix of the rests: no order of the samples is preferred. Directions
     shorter than ROUND times the longest wait for the next round, where they no longer drown in its rounding.
+    With it, eigenvectors are orthogonal to 1e-4 and what is left of the basis is below 1e-5: both are small
+    against 1, so that one more projection and one Cholesky factor leave rounding only.
     """
     relative = rest / jnp.where(longest > 0, longest, 1.0)
     squares, vectors = jnp.linalg.eigh(mean_products(relative, relative))
@@ -189,16 +188,12 @@ def _directions(q, temporary, rest, longest, tol):
     vectors = vectors * jnp.sign(jnp.take_along_axis(vectors, largest[None], axis=0))
     taken = squares > jnp.maximum(tol**2, ROUND**2 * squares[0])
     new = relative @ (vectors * jnp.where(taken, 1.0 / jnp.sqrt(jnp.where(taken, squares, 1.0)), 0.0))
-    for _ in range(2):
-        for columns in (q, *temporary):
-            new = new - columns @ mean_products(columns, new)
-        gram = mean_products(new, new) + jnp.diag(jnp.where(taken, 0.0, 1.0))
-        lower = jnp.linalg.cholesky(gram)
-        new = new @ inverse_transpose(lower)
-    new = jnp.where(taken, new, 0.0)
-    for _ in range(2):
-        rest = rest - new @ mean_products(new, rest)
-    return jnp.sum(taken), new, rest
+    for columns in (q, *temporary):
+        new = new - columns @ mean_products(columns, new)
+    gram = mean_products(new, new) + jnp.diag(jnp.where(taken, 0.0, 1.0))
+    new = jnp.where(taken, new @ inverse_transpose(jnp.linalg.cholesky(gram)), 0.0)
+    rest = rest - new @ mean_products(new, rest)
+    return jnp.sum(taken), jnp.max(_norms(rest)) > tol * longest, new, rest
 
 
 @jax.jit

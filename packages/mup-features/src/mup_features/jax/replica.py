@@ -172,13 +172,27 @@ class Fresh:
         self._onlookers: list[tuple[Columns, ...]] = [()] * layers.depth
         self.used = list(replica.fields_used)
 
-    def on(self, layer: int, others: tuple[Columns, ...], keep: bool) -> Callable[[int, Columns], Columns]:
-        """A function that draws fields on the population of a layer (0-based) beside those given."""
+    def on(
+        self, layer: int, others: tuple[Columns, ...], keep: bool
+    ) -> Callable[[int, int, Columns], Columns]:
+        """A function that draws fields on the population of a layer (0-based) beside those given.
 
-        def draw(count: int, known: Columns) -> Columns:
-            new = self._sources[layer].draw(self.used[layer], count)
+        Its arguments are the number of fields, that of columns (the others are zero), and more fields that
+        are there.
+        """
+
+        def draw(count: int, columns: int, known: Columns) -> Columns:
+            source, used = self._sources[layer], self.used[layer]
+            if self._layers.match and used + columns >= source.samples:
+                raise RankError(
+                    f"the population of layer {layer + 1} has {source.samples} points and would need "
+                    f"{used + columns} orthonormal fields: raise samples or tol"
+                )
+            new = source.draw(used, columns)
             if self._layers.match:
+                # A field does not depend on those after it.
                 new = match_moments(new, (*others, known, *self._onlookers[layer]))
+            new = _first_columns(new, count)
             self.used[layer] += count
             if not keep:
                 self._onlookers[layer] = (*self._onlookers[layer], new)
@@ -194,6 +208,7 @@ def forward(
     fresh: Fresh,
     *,
     keep: bool,
+    beyond: Float[Array, "beyond batch"] | None = None,
 ) -> tuple[Signals, Replica]:
     """Signals of a set of inputs, given in the basis of the inputs' span, at the current weights.
 
@@ -203,12 +218,18 @@ def forward(
         coordinates: [d', B].
         fresh: where new fields come from.
         keep: whether the matrices remember the products; not for inputs that are only looked at.
+        beyond: coordinates of the inputs in directions that no training input has. Training does not move W^1
+            there, so that fresh fields stand for it.
 
     Raises:
         RankError: if a basis would exceed `max_rank`.
     """
     matrices = list(replica.matrices)
     h = [_plus(_first_layer(replica.first, coordinates), replica.biases[:1])]
+    if beyond is not None and len(beyond):
+        others = _other_fields(layers, replica, matrices, 0, -1)
+        fields = fresh.on(0, others, keep=False)(len(beyond), len(beyond), replica.first_fields)
+        h[0] = h[0] + layers.sigma[0] * (fields @ beyond)
     x = [layers.phi[0](h[0])]
     coefficients = []
     for layer in range(1, layers.depth):
@@ -363,6 +384,11 @@ def _check_rank(layers: Layers, rank: int, layer: int) -> None:
 
 def _plus(columns: Columns, bias: tuple[Columns, ...]) -> Columns:
     return columns + bias[0] if bias else columns
+
+
+@jax.jit
+def _first_columns(columns: Columns, count: int) -> Columns:
+    return jnp.where(jnp.arange(columns.shape[1]) < count, columns, 0.0)
 
 
 @jax.jit

@@ -74,14 +74,20 @@ class Data:
 
     def coordinates(self) -> np.ndarray:
         """Inputs, training first, in an orthonormal basis of their span: [n + m, rank]."""
-        inputs = np.concatenate([self.X, self.X_test])
-        left, singular, _ = np.linalg.svd(inputs, full_matrices=False)
-        rank = max(1, int(np.sum(singular > singular[0] * 1e-12)))
-        # The sign of each direction is free; the largest coordinate positive does not depend on the basis of
-        # the input space.
-        columns = left[:, :rank] * singular[:rank]
-        largest = np.abs(columns).argmax(axis=0)
-        return columns * np.sign(columns[largest, np.arange(rank)] + (singular[:rank] == 0))
+        return _principal(np.concatenate([self.X, self.X_test]), 0.0)[0]
+
+    def coordinates_apart(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Inputs in a basis of the training inputs' span, and what of the test inputs is beyond it.
+
+        Returns:
+            Training inputs, [n, rank], and test inputs, [m, rank], in the same basis; the rest of the test
+            inputs in a basis of its own, [m, its rank], without columns if there is no rest.
+        """
+        train, directions = _principal(self.X, 0.0)
+        test = self.X_test @ directions.T
+        largest = max(np.abs(self.X).max(), np.abs(self.X_test).max(initial=0.0))
+        beyond, _ = _principal(self.X_test - test @ directions, 1e-12 * largest)
+        return train, test, beyond if np.abs(beyond).max(initial=0.0) > 1e-12 * largest else beyond[:, :0]
 
 
 def settings(
@@ -203,6 +209,20 @@ def batch_at(key: PRNGKeyArray, step: int, samples: int, batch: int | None) -> I
     if batch is None or batch == samples:
         return jnp.arange(samples)
     return jnp.sort(jax.random.choice(jax.random.fold_in(key, step), samples, (batch,), replace=False))
+
+
+def _principal(inputs: np.ndarray, floor: float) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates in an orthonormal basis of the span, [n, rank >= 1], and the basis, [rank, d]."""
+    if not len(inputs):
+        return np.zeros((0, 1)), np.eye(1, inputs.shape[1])
+    left, singular, right = np.linalg.svd(inputs, full_matrices=False)
+    rank = max(1, int(np.sum(singular > max(singular[0] * 1e-12, floor))))
+    # The sign of each direction is free; the largest coordinate positive does not depend on the basis of the
+    # input space.
+    columns = left[:, :rank] * singular[:rank]
+    largest = np.abs(columns).argmax(axis=0)
+    signs = np.sign(columns[largest, np.arange(rank)] + (singular[:rank] == 0))
+    return columns * signs, right[:rank] * signs[:, None]
 
 
 def _finite_matrix(name: str, values: Float[ArrayLike, "n d"], columns: int) -> Float[np.ndarray, "n d"]:
