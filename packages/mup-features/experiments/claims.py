@@ -7,10 +7,11 @@ C6, C7 Finite networks approach the limits: muP's by sampling, those of NTP and 
 C8     The best learning rate does not move with width.
 C9     The regime of every parametrization, and IP with three hidden layers.
 
-Data are scikit-learn's digits, two points for C6 and C7 at quick scale, CIFAR-10 for C1-C3 and C5 at full
-scale. Networks train in float64 by full-batch gradient descent. The neighbours hold the parts: `sizes.py`,
-`digit_sets.py` and `cifar.py` (data), `networks.py` (real networks), `scheme_measures.py` (C1-C3),
-`transfer_runs.py` (C8), `charts.py`.
+Data are scikit-learn's digits, two points for C6 (and C7 at quick scale), at full scale CIFAR-10 for C1-C3
+and C5 and the standard library's source for C8. Networks train in float64 by full-batch gradient descent, but
+Adam in float32 in C8. The neighbours hold the parts: `sizes.py`, `data_sets.py` and `cifar.py`, `networks.py`
+(real networks), `scheme_measures.py` (C1-C3), `diversity.py` (C4), `minima.py` (C5), `towards_limits.py` (C6,
+C7), `tasks.py`, `transformer.py` and `transfer_runs.py` (C8), `charts.py`, `stage.py` (float64, devices).
 """
 
 from __future__ import annotations
@@ -18,20 +19,22 @@ from __future__ import annotations
 from dataclasses import asdict
 
 import charts
+import diversity
 import jax
+import minima
 import numpy as np
 import scheme_measures
 import transfer_runs
-from digit_sets import TWO_POINTS, few_digits
-from networks import outputs, train
-from sizes import CONVERGENCE, DIVERSITY, KERNEL, MINIMUM, SCHEMES, TRANSFER, Kernel, at_scale
-from stage import float64
+from data_sets import load
+from diversity import precise_enough
+from networks import paths
+from sizes import CONVERGENCE, DIVERSITY, KERNEL, MINIMUM, SCHEMES, TRANSFER, at_scale
+from stage import accelerators, float64
+from towards_limits import from_kernels, own_seeds, slope_of_rmse
 
-from mup_features import check_independence, classify, global_min_certificate
-from mup_features.jax.kernels import KernelGD, limiting_kernel
-from mup_features.jax.limit import InfiniteWidthMLP
-from mup_features.spectra import gram
-from tenfold_tools.claims import Criterion, Measurement, Number, Run, Verdict, above, below, claim, within
+from mup_features import classify
+from mup_features.jax import InfiniteWidthMLP, limiting_kernel
+from tenfold_tools.claims import Measurement, Number, Run, above, below, claim, within
 
 PAPER = "Chen et al. 2025 (arXiv 2503.09565)"
 SCHEME_SEED = 0  # of C1, C2 and C3, which look at the same networks
@@ -49,7 +52,7 @@ SCHEME_SEED = 0  # of C1, C2 and C3, which look at the same networks
     first_seed=SCHEME_SEED,
 )
 def features_move_only_under_mup(run: Run) -> Measurement:
-    size = at_scale(SCHEMES, run.scale)
+    size = at_scale(SCHEMES, run)
     measured = scheme_measures.at(run, size)
     slopes = {
         name: scheme_measures.slope(f"slope of log change over log n, {name}", size.widths, values)
@@ -65,7 +68,8 @@ def features_move_only_under_mup(run: Run) -> Measurement:
         figures=[
             charts.versus_width(
                 "Change of the last hidden features", "change", size.widths, measured.change, measured.limits
-            )
+            ),
+            *charts.courses(measured, size.widths),
         ],
         note="Mean over samples of |h_T - h_0| / |h_0|, last hidden layer. Under IP |h_0| vanishes, so its "
         f"relative change explodes; unnormalised it is {measured.moved_under_ip:.2g} at the largest width.",
@@ -81,7 +85,7 @@ def features_move_only_under_mup(run: Run) -> Measurement:
     first_seed=SCHEME_SEED,
 )
 def features_collapse_only_under_ip(run: Run) -> Measurement:
-    size = at_scale(SCHEMES, run.scale)
+    size = at_scale(SCHEMES, run)
     measured = scheme_measures.at(run, size)
     ratios = {
         name: scheme_measures.log10_ratio(f"log10 of lambda_min over that of IP, {name}", values)
@@ -114,11 +118,11 @@ def features_collapse_only_under_ip(run: Run) -> Measurement:
     first_seed=SCHEME_SEED,
 )
 def only_mup_is_rich_in_space_and_time(run: Run) -> Measurement:
-    size = at_scale(SCHEMES, run.scale)
+    size = at_scale(SCHEMES, run)
     measured = scheme_measures.at(run, size)
     ratios = {
-        name: scheme_measures.log10_ratio(f"log10 of joint lambda_min of muP over {name}", values)
-        for name, values in scheme_measures.under(measured.joint, "mup")
+        name: scheme_measures.log10_ratio(f"log10 of joint lambda_min of muP over {name}", 1 / values)
+        for name, values in scheme_measures.against(measured.joint, "mup")
     }
     growth = {
         name: Number.mean(
@@ -165,52 +169,34 @@ def only_mup_is_rich_in_space_and_time(run: Run) -> Measurement:
     first_seed=400,
 )
 def features_stay_independent_in_the_limit(run: Run) -> Measurement:
-    size = at_scale(DIVERSITY, run.scale)
-    X, Y = few_digits(size.per_class, size.classes)
-    numbers, criteria, curves = [], [], {}
-    for name, lr in run.track([*size.judged, *size.reported], "activations"):
-        with float64():
-            made = InfiniteWidthMLP(
-                depth=size.depth,
-                activation=name,
-                input_dim=X.shape[1],
-                output_dim=Y.shape[1],
-                lr=lr,
-                samples=size.samples,
-                replicas=size.replicas,
-                tol=size.tol,
-                key=jax.random.key(run.seeds[0]),
-            ).fit(X, Y, size.steps, record=("f", "K"))
-        errors = {kind: made.min_eig(kind) for kind in ("K_pre", "K_post")}
-        report = check_independence(
-            made.K_pre,
-            made.K_post,
-            int(np.linalg.matrix_rank(X)),
-            {kind: error for kind, (_, error) in errors.items()},
-        )
-        smallest = report.smallest
-        number = Number(
-            f"smallest lambda_min over its threshold, {name}", smallest.lambda_min / smallest.threshold
-        )
-        numbers += [number, Number(f"final loss, {name}", made.loss[-1])]
-        curves[name] = errors["K_post"][0][-1]
-        if (name, lr) in size.judged:
-            verdict = Verdict.PASS if report.holds else Verdict.FAIL
-            if not report.holds and not any(entry.status == "dependent" for entry in report.failures):
-                verdict = Verdict.INCONCLUSIVE
-            text = f"{name}: lambda_min > 5 standard errors in every layer at {len(made.steps)} steps"
-            criteria.append(Criterion(f"{text}; {number.text(1.0)}", verdict))
+    size = at_scale(DIVERSITY, run)
+    devices = accelerators(size.accelerators) if size.accelerators else None
+    found = {
+        name: diversity.measured(run, size, name, lr, devices)
+        for name, lr in run.track([*size.judged, *size.reported], "activations")
+    }
     return Measurement(
-        numbers=numbers,
-        criteria=criteria,
+        numbers=[number for one in found.values() for number in one.numbers],
+        criteria=[criterion for name, _ in size.judged for criterion in found[name].criteria],
         configurations=[asdict(size)],
-        figures=[charts.over_steps("lambda_min(K) of the last hidden layer at infinite width", curves)],
+        figures=[
+            charts.over_steps(
+                "Smallest eigenvalue of K of the last hidden layer at infinite width",
+                "lambda_min(K)",
+                np.arange(size.steps + 1),
+                {name: one.smallest for name, one in found.items()},
+            )
+        ],
         note="Thresholds are 5 jackknife standard errors over replicas, or rounding if that is larger. First "
-        "pre-activations are linear in the inputs and exempt where the inputs are dependent.",
+        "pre-activations are linear in the inputs and exempt where the inputs are dependent. Bias is judged "
+        "at the last step by a run with half the points and half the replicas.",
     )
 
 
 # ----------------------------------------------------------------------------------------- global minima
+
+
+ROUNDING = 1e-9  # of a bound over a loss that is 1e-8 of numbers of order 1
 
 
 @claim(
@@ -218,44 +204,37 @@ def features_stay_independent_in_the_limit(run: Run) -> Measurement:
     sentence="Under muP training reaches a global minimum, certified at every step by the gradient alone.",
     source=f"{PAPER}, Corollary 4.6; certificate: spec c6",
     required_from="quick",
-    seeds={"quick": 1, "laptop": 5, "full": 5},
+    seeds={"quick": 3, "laptop": 5, "full": 5},
     first_seed=500,
 )
 def training_ends_at_a_certified_global_minimum(run: Run) -> Measurement:
-    size = at_scale(MINIMUM, run.scale)
-    X, Y = few_digits(4, 8)
+    size = at_scale(MINIMUM, run)
     numbers, criteria, losses = [], [], {}
     for width in size.widths:
-        curve, slack = [], []
-        moments = train("mup", width, X, Y, depth=size.depth, lr=4.0, steps=size.steps, seeds=run.seeds)
-        for moment in run.track(moments, f"width {width}"):
-            curve.append(moment.loss.numpy())
-            for seed in range(len(run.seeds)):
-                K = gram(moment.x[-1][seed].numpy())
-                chi = (moment.f[seed].numpy() - Y) / len(X)
-                made = global_min_certificate(K, chi, "mean", float(moment.readout_grad_sq[seed]))
-                slack.append(made.bound / made.value if made.certifiable else np.inf)
-        curve = np.stack(curve)
-        losses[f"width {width}"] = curve
-        numbers += [
-            Number(
-                f"largest loss at the end over that at the start, width {width}", (curve[-1] / curve[0]).max()
-            ),
-            Number(f"smallest bound over loss, width {width}", min(slack)),
-            Number(f"share of steps certified, width {width}", np.isfinite(slack).mean()),
-        ]
-        criteria += [below(numbers[-3], 1e-6), above(numbers[-2], 1.0 - 1e-9)]
+        made = minima.descend(run, size, width)
+        losses[f"width {width}"] = made.loss
+        reached = Number.mean(
+            f"log10 of the loss at the end over that at the start, width {width}",
+            np.log10(made.loss[-1] / made.loss[0]),
+        )
+        smallest = Number(f"smallest bound over loss, width {width}", made.slack.min())
+        share = Number(f"share of steps certified, width {width}", np.isfinite(made.slack).mean())
+        numbers += [reached, smallest, share]
+        criteria += [below(reached, -6.0), above(smallest, 1.0 - ROUNDING), within(share, 1.0, 1.0)]
     return Measurement(
         numbers=numbers,
         criteria=criteria,
-        configurations=[asdict(size) | {"lr": 4.0, "samples": len(X)}],
-        figures=[charts.losses("Training loss under muP", losses)],
-        note="All seeds must get there: the largest over seeds is judged. The certificate bounds the loss by "
-        "the readout's gradient and lambda_min(K); it is exact mathematics, so only rounding may break it.",
+        configurations=[asdict(size) | {"lr": minima.LR}],
+        figures=[charts.over_steps("Training loss under muP", "loss", np.arange(size.steps + 1), losses)],
+        note="The certificate bounds the loss by the readout's gradient and lambda_min(K) of every step and "
+        "seed; it is exact mathematics, so only rounding may break it.",
     )
 
 
 # --------------------------------------------------------------------------------- towards the limits
+
+
+ENTRIES = np.triu_indices(2)  # of a Gram matrix of two points
 
 
 @claim(
@@ -266,8 +245,8 @@ def training_ends_at_a_certified_global_minimum(run: Run) -> Measurement:
     first_seed=600,
 )
 def networks_approach_the_limit(run: Run) -> Measurement:
-    size = at_scale(CONVERGENCE, run.scale)
-    X, y = TWO_POINTS
+    size = at_scale(CONVERGENCE, run)
+    X, y = load("two points")
     common = {"depth": size.depth, "lr": 0.3, "reduction": "sum"}
     with float64():
         limit = InfiniteWidthMLP(
@@ -276,15 +255,15 @@ def networks_approach_the_limit(run: Run) -> Measurement:
             replicas=size.replicas,
             key=jax.random.key(run.seeds[0]),
             **common,
-        ).fit(X, y, size.steps, record=("f",))
+        ).fit(X, y, size.steps, record=("f", "K"))
     errors = []
     for row, width in enumerate(run.track(size.widths, "widths")):
-        seeds = _own_seeds(run, row, size.seeds)
-        f = outputs("mup", width, X, y, steps=size.steps, seeds=seeds, device=run.device, **common)
-        errors.append(np.sqrt(((f[:, -1] - limit.f[-1]) ** 2).mean(axis=(1, 2))))
+        seeds = own_seeds(run, row, size.seeds)
+        made = paths("mup", width, X, y, steps=size.steps, seeds=seeds, device=run.device, **common)
+        errors.append(np.sqrt(((made.f[:, -1] - limit.f[-1]) ** 2).mean(axis=(1, 2))))
     rows = np.stack(errors)  # [widths, seeds]
     rmse = np.sqrt((rows**2).mean(axis=1))
-    slope = _slope_of_rmse(size.widths, rows)
+    slope = slope_of_rmse(size.widths, rows)
     noise = Number(
         "standard error of the limit over the smallest RMSE", limit.stderr("f")[-1].max() / rmse.min()
     )
@@ -297,12 +276,25 @@ def networks_approach_the_limit(run: Run) -> Measurement:
             ),
             noise,
         ],
-        criteria=[within(slope, -0.6, -0.4), below(noise, 0.1)],
+        criteria=[within(slope, -0.6, -0.4), precise_enough(noise, 0.1)],
         configurations=[asdict(size) | common],
         figures=[
             charts.rates("Distance from the limit", size.widths, {"muP": rows}, -0.5),
-            charts.outputs_over_steps(
-                "Outputs of networks and of the limit", {f"width {width}": f}, limit
+            charts.with_limit(
+                f"Outputs of networks of width {size.widths[-1]} and of the limit",
+                "f",
+                ("sample 0", "sample 1"),
+                made.f[..., 0],
+                limit.f[..., 0],
+                limit.stderr("f")[..., 0],
+            ),
+            charts.with_limit(
+                f"Features of networks of width {size.widths[-1]} and of the limit",
+                "entry of K, last layer",
+                ("K 00", "K 01", "K 11"),
+                made.K[:, :, *ENTRIES],
+                limit.K_post[-1][:, *ENTRIES],
+                limit.stderr("K_post")[:, -1][:, *ENTRIES],
             ),
         ],
         note="The slope's interval is a bootstrap over networks.",
@@ -318,37 +310,21 @@ def networks_approach_the_limit(run: Run) -> Measurement:
     first_seed=700,
 )
 def kernel_regimes_follow_their_kernels(run: Run) -> Measurement:
-    size = at_scale(KERNEL, run.scale)
-    X, Y = _data_of(size)
+    size = at_scale(KERNEL, run)
+    X, Y = load(size.data)
+    with float64():
+        kernels = {
+            scheme: np.asarray(
+                limiting_kernel(X, depth=size.depth, activation="tanh", parametrization=scheme)
+            )
+            for scheme in ("ntp", "sp")
+        }
     numbers, criteria, curves = [], [], {}
-    for scheme in ("ntp", "sp"):
-        with float64():
-            kernels = {
-                other: np.asarray(
-                    limiting_kernel(X, depth=size.depth, activation="tanh", parametrization=other)
-                )
-                for other in ("ntp", "sp")
-            }
-            distances = {other: [] for other in kernels}
-            for row, width in enumerate(run.track(size.widths, scheme)):
-                f = outputs(
-                    scheme,
-                    width,
-                    X,
-                    Y,
-                    depth=size.depth,
-                    lr=size.lr,
-                    steps=size.steps,
-                    seeds=_own_seeds(run, row, size.seeds),
-                    reduction="sum" if size.data == "two points" else "mean",
-                    device=run.device,
-                )
-                for other, theta in kernels.items():
-                    distances[other].append(_distance(f, theta, Y, size))
-        rows = {other: np.stack(values) for other, values in distances.items()}
+    for scheme in kernels:
+        rows = from_kernels(run, size, scheme, kernels, X, Y)
         curves[scheme] = rows[scheme]
         wrong = "sp" if scheme == "ntp" else "ntp"
-        slope = _slope_of_rmse(size.widths, rows[scheme], f"slope of the distance over width, {scheme}")
+        slope = slope_of_rmse(size.widths, rows[scheme], f"slope of the distance over width, {scheme}")
         share = Number.mean(
             f"distance over that to the other scheme's kernel, width {size.widths[-1]}, {scheme}",
             rows[scheme][-1] / rows[wrong][-1],
@@ -369,45 +345,6 @@ def kernel_regimes_follow_their_kernels(run: Run) -> Measurement:
     )
 
 
-def _data_of(size: Kernel) -> tuple[np.ndarray, np.ndarray]:
-    if size.data == "two points":
-        return TWO_POINTS[0], TWO_POINTS[1][:, None]
-    return few_digits(4, 8)
-
-
-def _own_seeds(run: Run, row: int, count: int) -> tuple[int, ...]:
-    """Seeds of the networks of one width, different from those of the others."""
-    first = 10_000 * run.seeds[0] + 1000 * row
-    return tuple(range(first, first + count))
-
-
-def _distance(networks: np.ndarray, theta: np.ndarray, Y: np.ndarray, size: Kernel) -> np.ndarray:
-    """RMS over samples and outputs of each network's outputs from those of its kernel, at the last step."""
-    rate = size.lr / (1 if size.data == "two points" else len(Y))
-    found = []
-    for f in networks:
-        expected = np.asarray(KernelGD(theta, lr=rate).predict(Y, size.steps, f0=f[0]).train)
-        found.append(np.sqrt(((f[-1] - expected) ** 2).mean()))
-    return np.asarray(found)
-
-
-def _slope_of_rmse(
-    widths: tuple[int, ...], rows: np.ndarray, name: str = "slope of log RMSE over log n"
-) -> Number:
-    """Slope of the root mean square over networks, its interval by resampling networks within each width."""
-    rng = np.random.default_rng(0)
-
-    def fit(values: np.ndarray) -> float:
-        return float(np.polyfit(np.log(widths), 0.5 * np.log((values**2).mean(axis=1)), 1)[0])
-
-    resampled = [
-        fit(np.stack([row[rng.integers(0, len(row), len(row))] for row in rows])) for _ in range(999)
-    ]
-    low, high = np.quantile(resampled, [0.025, 0.975])
-    value = fit(rows)
-    return Number(name, value, min(low, value), max(high, value))
-
-
 # ------------------------------------------------------------------------------------------ muTransfer
 
 
@@ -419,36 +356,39 @@ def _slope_of_rmse(
     first_seed=800,
 )
 def the_best_rate_transfers_under_mup(run: Run) -> Measurement:
-    size = at_scale(TRANSFER, run.scale)
+    size = at_scale(TRANSFER, run)
     reports = {scheme: transfer_runs.sweep(run, size, scheme) for scheme in ("mup", "sp_const")}
     checks = {scheme: transfer_runs.coordinates(run, size, scheme) for scheme in reports}
-    shifts = {}
-    for scheme, report in reports.items():
-        found = report.shift()
-        shifts[scheme] = Number(
-            f"shift of the best rate in octaves, {scheme}", abs(found.value), *_folded(found)
-        )
+    shifts = {name: transfer_runs.shift(name, report) for name, report in reports.items()}
     losses = [
         Number(f"loss at the best rate, {scheme}, width {width}", report.optimum(width).loss)
         for scheme, report in reports.items()
         for width in size.widths
     ]
     return Measurement(
-        numbers=[*shifts.values(), *losses],
+        numbers=[
+            *shifts.values(),
+            *losses,
+            *(transfer_runs.steepest(name, check) for name, check in checks.items()),
+        ],
         criteria=[below(shifts["mup"], 0.5), above(shifts["sp_const"], 1.5)],
         configurations=[asdict(size)],
         figures=[
-            *(charts.sweep(f"Loss over learning rate, {name}", report) for name, report in reports.items()),
-            *(charts.coordinates(f"Coordinate check, {name}", check) for name, check in checks.items()),
+            *(
+                charts.sweep(f"Loss over learning rate, {charts.NAMES[name]}", report)
+                for name, report in reports.items()
+            ),
+            *(
+                charts.coordinates(f"Coordinate check, {charts.NAMES[name]}", check)
+                for name, check in checks.items()
+            ),
         ],
-        note="Optimum of a parabola in log rate around the best rate of the grid; bootstrap over seeds.",
+        note="Optimum of a parabola in log rate around the best rate of the grid; bootstrap over seeds. "
+        + " ".join(warning for report in reports.values() for warning in report.warnings())
+        + " Coordinate checks: "
+        + ", ".join(f"{name} {check.verdict().outcome}" for name, check in checks.items())
+        + ".",
     )
-
-
-def _folded(found) -> tuple[float, float]:
-    """Interval of the absolute value."""
-    ends = sorted((abs(found.low), abs(found.high)))
-    return (0.0 if found.low <= 0.0 <= found.high else ends[0]), ends[1]
 
 
 # --------------------------------------------------------------------------------------------- regimes
@@ -466,7 +406,7 @@ REGIMES = {"mup": 0.0, "ntp": 0.5, "sp": 0.5, "sp_const": -1.0, "mfp": 0.0}
 )
 def regimes_are_as_classified(run: Run) -> Measurement:
     found = {name: Number(f"r of {name}", classify(name).r) for name in REGIMES}
-    X, y = TWO_POINTS
+    X, y = load("two points")
     residual = {}
     for scheme in ("ip", "ip_llr"):
         with float64():
@@ -479,9 +419,8 @@ def regimes_are_as_classified(run: Run) -> Measurement:
                 samples=4096,
                 key=jax.random.key(run.seeds[0]),
             ).fit(X, y, 2, record=("f",))
-        residual[scheme] = Number(
-            f"largest |f_2| over |y|, {scheme}", np.abs(made.f[2]).max() / np.abs(y).max()
-        )
+        moved = np.abs(made.replicas["f"][:, 2]).max(axis=(1, 2)) / np.abs(y).max()
+        residual[scheme] = Number.mean(f"largest |f_2| over |y|, {scheme}", moved)
     return Measurement(
         numbers=[*found.values(), *residual.values()],
         criteria=[

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from mup_features import Parametrization
+
+AT_ONCE = 2**26
+"""Entries of hidden matrices trained side by side: half a gigabyte, and as much for their gradients."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,13 @@ class Moment:
     readout_grad_sq: torch.Tensor
 
 
+class Paths(NamedTuple):
+    """Networks at every step: outputs [R, T, N, C], Gram matrices of the last features [R, T, N, N]."""
+
+    f: np.ndarray
+    K: np.ndarray
+
+
 def train(
     scheme: str,
     width: int,
@@ -48,18 +59,8 @@ def train(
     """Every step of full-batch gradient descent on tanh networks, before the update; raw exponents."""
     table = Parametrization(scheme)
     inputs = torch.as_tensor(X, dtype=torch.float64, device=device).expand(len(seeds), *X.shape)
-    targets = torch.as_tensor(Y.reshape(len(X), -1), dtype=torch.float64, device=device)
-    sizes = [X.shape[1], *[width] * depth, targets.shape[1]]
-    weights = []
-    for layer, variance in enumerate(table.variances(width, depth)):
-        shape = sizes[layer + 1], sizes[layer]
-        draws = [
-            torch.randn(
-                shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1000 * seed + layer)
-            )
-            for seed in seeds
-        ]
-        weights.append((variance**0.5 * torch.stack(draws)).to(device).requires_grad_())
+    targets = torch.as_tensor(Y, dtype=torch.float64, device=device)
+    weights = _initial(table, [X.shape[1], *[width] * depth, Y.shape[1]], seeds, device)
     count = len(X) if reduction == "mean" else 1
     for step in range(steps + 1):
         h, x = [], [inputs]
@@ -83,7 +84,26 @@ def train(
                 weight -= rate * gradient
 
 
-def outputs(
+def _initial(
+    table: Parametrization, sizes: list[int], seeds: tuple[int, ...], device: str
+) -> list[torch.Tensor]:
+    """Weights of each layer, [R, out, in]; drawn on the CPU, so that a seed means the same everywhere."""
+    weights = []
+    for layer, variance in enumerate(table.variances(sizes[1], len(sizes) - 2)):
+        generators = [torch.Generator().manual_seed(1000 * seed + layer) for seed in seeds]
+        shape = sizes[layer + 1], sizes[layer]
+        draws = [torch.randn(shape, dtype=torch.float64, generator=made) for made in generators]
+        weights.append((variance**0.5 * torch.stack(draws)).to(device).requires_grad_())
+    return weights
+
+
+def side_by_side(seeds: tuple[int, ...], width: int, depth: int) -> list[tuple[int, ...]]:
+    """Seeds in groups that are trained at once; large networks one after another, to bound memory."""
+    size = max(1, AT_ONCE // (width * width * depth))
+    return [seeds[start : start + size] for start in range(0, len(seeds), size)]
+
+
+def paths(
     scheme: str,
     width: int,
     X: np.ndarray,
@@ -95,12 +115,12 @@ def outputs(
     seeds: tuple[int, ...],
     reduction: str,
     device: str,
-) -> np.ndarray:
-    """Outputs at every step, [seeds, steps + 1, N, C]; large networks are trained a few at a time."""
-    at_once = max(1, 2**26 // (width * width * depth))
-    parts = []
-    for start in range(0, len(seeds), at_once):
-        moments = train(
+) -> Paths:
+    """Outputs and Gram matrices of every network at every step."""
+    outputs, grams = [], []
+    for group in side_by_side(seeds, width, depth):
+        f, K = [], []
+        for moment in train(
             scheme,
             width,
             X,
@@ -108,9 +128,13 @@ def outputs(
             depth=depth,
             lr=lr,
             steps=steps,
-            seeds=seeds[start : start + at_once],
+            seeds=group,
             reduction=reduction,
             device=device,
-        )
-        parts.append(np.stack([moment.f.cpu().numpy() for moment in moments], axis=1))
-    return np.concatenate(parts)
+        ):
+            features = moment.x[-1]
+            f.append(moment.f.cpu().numpy())
+            K.append((features @ features.mT / width).cpu().numpy())
+        outputs.append(np.stack(f, axis=1))
+        grams.append(np.stack(K, axis=1))
+    return Paths(np.concatenate(outputs), np.concatenate(grams))

@@ -1,4 +1,4 @@
-"""Claims 1 to 3: three measures of the last hidden features, for four schemes over width."""
+"""Claims 1 to 3: three measures of the last hidden features, for four schemes over width, and over steps."""
 
 from __future__ import annotations
 
@@ -8,20 +8,34 @@ from functools import lru_cache
 
 import jax
 import numpy as np
-from cifar import cifar_images
-from digit_sets import few_digits
-from networks import Moment, train
+from data_sets import load
+from networks import Moment, side_by_side, train
 from sizes import Schemes
 from stage import float64
 
-from mup_features.jax.limit import InfiniteWidthMLP
-from mup_features.similarity import change
+from mup_features.jax import InfiniteWidthMLP
+from mup_features.similarity import change, relative_frobenius_change
 from mup_features.spectra import eigenvalue_floor, gram, lambda_min
 from tenfold_tools.claims import Number, Run
 from tenfold_tools.stats import loglog_slope
 
 LR = {"sp": 2.0, "ntp": 2.0, "ip": 4.0, "mup": 4.0}
 Measured = dict[str, np.ndarray]  # scheme -> [widths, seeds]
+
+
+@dataclass(frozen=True)
+class Course:
+    """The last hidden layer over time, each [points, seeds]; of a limit [points, 1].
+
+    Attributes:
+        loss: mean over samples of half the squared error.
+        change: mean over samples of |h_t - h_0| / |h_0|.
+        kernel_change: |K_t - K_0| / |K_0| of the Gram matrix of features.
+    """
+
+    loss: np.ndarray
+    change: np.ndarray
+    kernel_change: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -32,74 +46,69 @@ class Measures:
         change: mean over samples of |h_T - h_0| / |h_0|.
         lambda_min: smallest eigenvalue of the Gram matrix of features at T.
         joint: smallest eigenvalue of the Gram matrix of the 2N pre-activations at 0 and T.
+        courses: (scheme, width) -> its course.
+        steps: [points], the steps of courses.
         limits: measure -> its value for muP at infinite width, as far as computed.
+        limit_course: course of muP at infinite width, if computed.
         moved_under_ip: |h_T - h_0| / sqrt(n) under IP at the largest width, mean over samples and seeds.
     """
 
     change: Measured
     lambda_min: Measured
     joint: Measured
+    courses: Mapping[tuple[str, int], Course]
+    steps: np.ndarray
     limits: Mapping[str, float]
+    limit_course: Course | None
     moved_under_ip: float
 
 
+@lru_cache(maxsize=2)
 def at(run: Run, size: Schemes) -> Measures:
     """The measures of a run; C1, C2 and C3 share them."""
-    return _measure(_Key(run), size)
-
-
-class _Key:
-    """A run as a key of the cache: what counts is scale, seeds and device."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and self._parts() == other._parts()
-
-    def __hash__(self) -> int:
-        return hash(self._parts())
-
-    def _parts(self) -> tuple:
-        return self.run.scale, self.run.seeds, self.run.device
-
-
-@lru_cache(maxsize=2)
-def _measure(key: _Key, size: Schemes) -> Measures:
-    run = key.run
-    X, Y = few_digits(4, 8) if run.scale != "full" else cifar_images(per_class=4, classes=8)
-    tables: dict[str, Measured] = {
-        name: {scheme: np.zeros((len(size.widths), size.seeds)) for scheme in LR}
+    X, Y = load(size.data)
+    jobs = [(scheme, width) for width in size.widths for scheme in LR]
+    found = {
+        job: [
+            made
+            for group in side_by_side(run.seeds, job[1], size.depth)
+            for made in _networks(run, size, *job, X, Y, group)
+        ]
+        for job in run.track(jobs, "schemes and widths")
+    }
+    tables = {
+        name: {
+            scheme: np.array([[getattr(one, name) for one in found[scheme, w]] for w in size.widths])
+            for scheme in LR
+        }
         for name in ("change", "lambda_min", "joint")
     }
-    moved = 0.0
-    jobs = [(scheme, row, width) for row, width in enumerate(size.widths) for scheme in LR]
-    for scheme, row, width in run.track(jobs, "schemes and widths"):
-        # Large networks one after another, to bound memory.
-        groups = [run.seeds] if width <= 2048 else [(seed,) for seed in run.seeds]
-        for group in groups:
-            first, last = _ends(run, scheme, width, X, Y, size, group)
-            for own, seed in enumerate(group):
-                column = run.seeds.index(seed)
-                before, after = (moment.h[-1][own].cpu().numpy() for moment in (first, last))
-                tables["change"][scheme][row, column] = change(after, before)
-                tables["lambda_min"][scheme][row, column] = _smallest(last.x[-1][own].cpu().numpy())
-                tables["joint"][scheme][row, column] = _smallest(np.concatenate([before, after]))
-                if scheme == "ip" and row == len(size.widths) - 1:
-                    moved += change(after, before, relative=False) / len(run.seeds)
-    limits = _limits(run, size, *size.limit, X, Y) if size.limit else {}
-    return Measures(tables["change"], tables["lambda_min"], tables["joint"], limits, moved)
+    courses = {job: Course(*np.stack([one.course for one in made], axis=-1)) for job, made in found.items()}
+    limits, limit_course = _limits(run, size, *size.limit, X, Y) if size.limit else ({}, None)
+    moved = float(np.mean([one.displacement for one in found["ip", size.widths[-1]]]))
+    return Measures(
+        **tables,
+        courses=courses,
+        steps=_points(size),
+        limits=limits,
+        limit_course=limit_course,
+        moved_under_ip=moved,
+    )
 
 
-def _smallest(features: np.ndarray) -> float:
-    """Smallest eigenvalue of the Gram matrix, or what rounding leaves uncertain if that is larger."""
-    K = gram(features)
-    return max(lambda_min(K), eigenvalue_floor(K))
+@dataclass(frozen=True)
+class _Network:
+    change: float
+    displacement: float
+    lambda_min: float
+    joint: float
+    course: np.ndarray  # [3, points]
 
 
-def _ends(
-    run: Run, scheme: str, width: int, X: np.ndarray, Y: np.ndarray, size: Schemes, seeds: tuple[int, ...]
-) -> tuple[Moment, Moment]:
+def _networks(
+    run: Run, size: Schemes, scheme: str, width: int, X: np.ndarray, Y: np.ndarray, seeds: tuple[int, ...]
+) -> list[_Network]:
+    points = set(_points(size).tolist())
     moments = train(
         scheme,
         width,
@@ -111,16 +120,45 @@ def _ends(
         seeds=seeds,
         device=run.device,
     )
-    first = last = next(moments)
-    for moment in moments:
-        last = moment
-    return first, last
+    kept = [_last_layer(moment) for moment in moments if moment.step in points]
+    found = []
+    for own in range(len(seeds)):
+        h, x, losses = zip(*((h[own], x[own], loss[own]) for h, x, loss in kept), strict=True)
+        grams = [gram(features) for features in x]
+        course = [
+            losses,
+            [change(later, h[0]) for later in h],
+            [relative_frobenius_change(grams[0], later) for later in grams],
+        ]
+        found.append(
+            _Network(
+                change(h[-1], h[0]),
+                change(h[-1], h[0], relative=False),
+                _smallest(grams[-1]),
+                _smallest(gram(np.concatenate([h[0], h[-1]]))),
+                np.array(course),
+            )
+        )
+    return found
+
+
+def _last_layer(moment: Moment) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return tuple(part.cpu().numpy() for part in (moment.h[-1], moment.x[-1], moment.loss))  # type: ignore[return-value]
+
+
+def _points(size: Schemes) -> np.ndarray:
+    return np.unique([*range(0, size.steps, size.every), size.steps])
+
+
+def _smallest(K: np.ndarray) -> float:
+    """Smallest eigenvalue, or what rounding leaves uncertain if that is larger."""
+    return max(lambda_min(K), eigenvalue_floor(K))
 
 
 def _limits(
     run: Run, size: Schemes, samples: int, replicas: int, tol: float, X: np.ndarray, Y: np.ndarray
-) -> dict[str, float]:
-    """The three measures of muP at infinite width."""
+) -> tuple[dict[str, float], Course]:
+    """The three measures of muP at infinite width, and its course."""
     with float64():
         made = InfiniteWidthMLP(
             depth=size.depth,
@@ -131,12 +169,15 @@ def _limits(
             replicas=replicas,
             tol=tol,
             key=jax.random.key(run.seeds[0]),
-        ).fit(X, Y, size.steps, record=("f", "K", "change"), every=size.steps)
-    return {
+        ).fit(X, Y, size.steps, record=("f", "K", "change"), every=size.every)
+    K = made.K_post[-1]
+    kernel_change = np.array([relative_frobenius_change(K[0], later) for later in K])
+    limits = {
         "change": float(made.change[-1][-1]),
         "lambda_min(K)": float(made.min_eig("K_post")[0][-1, -1]),
         "joint lambda_min": float(made.joint_min_eig("pre")[0][-1, -1]),
     }
+    return limits, Course(made.loss[:, None], made.change[-1][:, None], kernel_change[:, None])
 
 
 def slope(name: str, widths: tuple[int, ...], values: np.ndarray) -> Number:
@@ -150,13 +191,6 @@ def against(measured: Measured, other: str) -> Iterator[tuple[str, np.ndarray]]:
     for name, values in measured.items():
         if name != other:
             yield name, values[-1] / measured[other][-1]
-
-
-def under(measured: Measured, scheme: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Values of a scheme over those of each other at the largest width, seed by seed."""
-    for name, values in measured.items():
-        if name != scheme:
-            yield name, measured[scheme][-1] / values[-1]
 
 
 def log10_ratio(name: str, ratios: np.ndarray) -> Number:

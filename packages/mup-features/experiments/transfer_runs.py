@@ -1,13 +1,13 @@
-"""Claim 8: networks on digits with Adam, at every width and rate, under muP and under standard practice."""
+"""Claim 8: Adam at every width and rate, under muP and standard practice, and their coordinate checks."""
 
 from __future__ import annotations
 
 import math
 from functools import partial
 
-import numpy as np
 import torch
 from sizes import Transfer
+from tasks import TASKS, Task
 from torch import nn
 
 from mup_features import (
@@ -20,25 +20,19 @@ from mup_features import (
     lr_sweep,
     param_groups,
 )
-from tenfold_tools.claims import Run
-from tenfold_tools.data import digits
-from tenfold_tools.workloads import DigitsMLP
+from tenfold_tools.claims import Number, Run
 
-BASE = 64
-BATCH = 128
+RATE_OF_CHECK = 2.0**-8
 
 
-def model_of(scheme: str, width: int, seed: int) -> tuple[nn.Module, dict[str, Role] | None]:
-    """A network with three hidden layers; under muP equal to the standard one at width 64."""
-
-    def plain(size: int) -> DigitsMLP:
-        return DigitsMLP(torch.Generator().manual_seed(seed), (64, size, size, size, 10))
-
-    model = plain(width)
+def model_of(task: Task, scheme: str, width: int, seed: int) -> tuple[nn.Module, dict[str, Role] | None]:
+    """A model on the CPU; under muP equal to the standard one at base width."""
+    model = task.model(width, seed, scheme == "mup")
     if scheme != "mup":
         return model, None
-    roles = infer_roles(model, base=plain(BASE))
-    apply_mup(model, roles)
+    base, other = (task.model(size, seed, True) for size in (task.base, task.base // 2))
+    roles = infer_roles(model, base=base, other=other)
+    apply_mup(model, roles, init="fan_in")
     return model, roles
 
 
@@ -49,49 +43,59 @@ def optimizer_of(
     return torch.optim.Adam(model.parameters() if roles is None else param_groups(model, roles, lr=lr), lr=lr)
 
 
-def batch_of(device: str, seed: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same batch for the same seed and step."""
-    samples = digits()
-    rows = np.random.default_rng([seed, step]).integers(0, len(samples.inputs), BATCH)
-    X = torch.as_tensor(np.asarray(samples.inputs)[rows], dtype=torch.float32, device=device)
-    return X, torch.as_tensor(np.asarray(samples.targets)[rows], device=device)
-
-
 def sweep(run: Run, size: Transfer, scheme: str) -> TransferReport:
-    """Final training loss at every width, rate and seed."""
-    everything = digits()
-    X = torch.as_tensor(np.asarray(everything.inputs), dtype=torch.float32, device=run.device)
-    y = torch.as_tensor(np.asarray(everything.targets), device=run.device)
+    """Loss after training at every width, rate and seed."""
+    task = TASKS[size.task]
+    everything = task.evaluation(run.device)
 
     def loss_after_training(width: int, lr: float, seed: int) -> float:
-        model, roles = model_of(scheme, width, seed)
+        model, roles = model_of(task, scheme, width, seed)
         model.to(run.device)
         optimizer = optimizer_of(model, roles, lr=lr)
         for step in range(size.steps):
-            inputs, targets = batch_of(run.device, seed, step)
             optimizer.zero_grad()
-            nn.functional.cross_entropy(model(inputs), targets).backward()
+            _loss(model, task.draw(run.device, task.batch, seed, step)).backward()
             optimizer.step()
         with torch.no_grad():
-            loss = float(nn.functional.cross_entropy(model(X), y))
+            loss = _loss(model, everything).item()
         return loss if math.isfinite(loss) else math.inf
 
     return lr_sweep(loss_after_training, size.widths, size.lrs, run.seeds)
 
 
 def coordinates(run: Run, size: Transfer, scheme: str) -> CoordReport:
-    """Coordinate check of the networks of the sweep."""
+    """Coordinate check of the models of the sweep."""
+    task = TASKS[size.task]
+
+    def seeded(width: int) -> nn.Module | tuple[nn.Module, dict[str, Role]]:
+        seed = int(torch.randint(2**31, ()))  # coordinate_check seeds the global generator before
+        model, roles = model_of(task, scheme, width, seed)
+        model.to(run.device)
+        return model if roles is None else (model, roles)
+
     return coordinate_check(
-        lambda width: _seeded(scheme, width, run.device),
-        partial(batch_of, run.device),
+        seeded,
+        partial(task.draw, run.device, task.probe),
         size.widths,
         run.seeds,
-        optimizer_fn=partial(optimizer_of, lr=2.0**-8),
+        optimizer_fn=partial(optimizer_of, lr=RATE_OF_CHECK),
     )
 
 
-def _seeded(scheme: str, width: int, device: str):
-    seed = int(torch.randint(2**31, ()))  # coordinate_check seeds the global generator before
-    model, roles = model_of(scheme, width, seed)
-    model.to(device)
-    return model if roles is None else (model, roles)
+def shift(scheme: str, report: TransferReport) -> Number:
+    """How far the best rate moves from the smallest width to the largest, whatever the direction."""
+    found = report.shift()
+    ends = sorted((abs(found.low), abs(found.high)))
+    low = 0.0 if found.low <= 0.0 <= found.high else ends[0]
+    return Number(f"shift of the best rate in octaves, {scheme}", abs(found.value), low, ends[1])
+
+
+def steepest(scheme: str, report: CoordReport) -> Number:
+    """The slope furthest from zero among those that a coordinate check judges."""
+    slope = max((judgement.slope for judgement in report.verdict().judged), key=lambda one: abs(one.value))
+    return Number(f"steepest slope of changes over width, {scheme}", *slope)
+
+
+def _loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    inputs, targets = batch
+    return nn.functional.cross_entropy(model(inputs).flatten(0, -2), targets.flatten())
