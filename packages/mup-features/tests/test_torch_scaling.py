@@ -136,13 +136,13 @@ def on_meta_constant(width):
 
 def test_a_normal_initialisation_of_the_default_size_is_not_taken_for_the_default():
     model = build(ConstantLaw, 64, std=(3 * 64) ** -0.5)
-    with pytest.raises(ValueError, match=r"which is not torch's default \(0\.07216"):
+    with pytest.raises(ValueError, match=r"which is not the framework's default \(0\.07216"):
         apply_mup(model, infer_roles(model, on_meta_constant(16)))
 
 
 def test_an_initialisation_of_neither_law_is_named():
     model, base = build(ConstantLaw, 256, std=0.02), build(ConstantLaw, 16, std=0.05)
-    with pytest.raises(ValueError, match=r"'layers\.2\.weight' has root mean square .* fits neither"):
+    with pytest.raises(ValueError, match=r"'layers\.0\.weight' has root mean square .* fits neither"):
         apply_mup(model, infer_roles(model, base))
 
 
@@ -164,6 +164,27 @@ def test_each_parameter_may_follow_a_law_of_its_own():
     assert torch.equal(given.fc2.weight, model.fc2.weight)
     with pytest.raises(ValueError, match=r"init has no pattern for parameter 'fc1\.weight'"):
         apply_mup(mixed(64, 0), infer_roles(given, on_meta(MLP, 16)), init={"fc2.*": "constant"})
+
+
+class ShrinkingInput(nn.Module):
+    """An embedding of size 1/sqrt(d) and Glorot's law elsewhere: both shrink the first layers with width."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.embed, self.enter = nn.Embedding(32, width), nn.Linear(16, width)
+        self.hidden, self.readout = nn.Linear(width, width), nn.Linear(width, 4)
+        nn.init.normal_(self.embed.weight, std=width**-0.5)
+        for layer in (self.enter, self.hidden, self.readout):
+            nn.init.xavier_uniform_(layer.weight)
+
+
+def test_first_layers_that_shrink_with_width_get_their_size_at_base_width():
+    model, plain, base = (build(ShrinkingInput, width) for width in (256, 256, 64))
+    apply_mup(model, infer_roles(model, base))
+    assert torch.equal(model.embed.weight, 2 * plain.embed.weight)
+    assert torch.equal(model.enter.weight, 2 * plain.enter.weight)
+    assert torch.equal(model.hidden.weight, plain.hidden.weight)
+    assert torch.equal(model.readout.weight, 2 * plain.readout.weight)
 
 
 def test_too_few_entries_to_tell_the_laws_apart_ask_for_one():
@@ -406,7 +427,7 @@ def test_refusals_come_before_any_change():
     roles = infer_roles(model, base)
     with pytest.raises(ValueError, match="form must be one of"):
         apply_mup(model, roles, form="odd")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="init must be 'auto', 'fan_in', 'constant' or patterns, got 'odd'"):
+    with pytest.raises(ValueError, match=r"init must be 'auto', .* or name patterns with these, got 'odd'"):
         apply_mup(model, roles, init="odd")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"roles has no role for 'fc2\.bias' \(1 missing and 0 unknown"):
         apply_mup(model, {name: role for name, role in roles.items() if name != "fc2.bias"})

@@ -21,12 +21,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mup_features.init_laws import Init, init_growth, laws_of
 from mup_features.role_table import format_roles
 from mup_features.roles import BaseShape, Layout, Override, Role, at_base_width, roles_from_shapes
 from mup_features.shapes import base_shape_of, compare_widths
 from mup_features.width_rules import Form, Optimizer, tied_readout_multiplier, width_scales
 
-from ._init_laws import Init, init_growths, root_mean_square
+from ._init_laws import measured, root_mean_square
 from ._layouts import layout_of, node_at, parameters
 from .transform import MupState, mup_transform
 
@@ -148,9 +149,10 @@ def init_rescale(
             "symmetric" put multipliers into layers; "pure" needs none. `nnx.Embed.attend` is a readout with
             the weights of an input: it gets its multiplier in every form.
         init: how the model's own initializers depend on width: "fan_in" (variance one over the fan, as by
-            flax's defaults), "constant" (one standard deviation at every width), or name patterns with one of
-            them. "auto" finds out: by comparison with the base where that had values, else by recognising
-            flax's defaults.
+            flax's defaults), "fan_out" (orthogonal or Glorot kernels of a first layer), "constant" (one
+            standard deviation at every width), or name patterns with one of them. "auto" finds out: by
+            comparison with the base where that had values, else by recognising flax's defaults; first layers
+            are then taken to be constant.
         rescale: False sets multipliers only, for a model whose values come from a checkpoint.
         zero_readout: start readouts, with their biases, at zero.
 
@@ -177,9 +179,9 @@ def init_rescale(
     if rescale:
         variables = {name: variable for name, (_, variable) in found.items()}
         layouts = {name: _layout(model, path, variable) for name, (path, variable) in found.items()}
-        growths = init_growths(variables, roles, layouts, init)
+        laws = laws_of(measured(variables, layouts), roles, init)
         for name, (_, variable) in found.items():
-            factor = scales[name].init * growths[name]
+            factor = scales[name].init / init_growth(roles[name], laws[name])
             if factor != 1.0:
                 variable[...] = variable[...] * factor
     if zero_readout:

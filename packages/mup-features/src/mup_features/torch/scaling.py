@@ -23,12 +23,13 @@ from typing import Literal, TypeVar, get_args
 import torch
 from torch import nn
 
+from mup_features.init_laws import Init, Law, init_growth, laws_of
 from mup_features.role_table import format_roles
 from mup_features.roles import Override, Role, at_base_width, roles_from_shapes
 from mup_features.shapes import BaseShape, base_shape_of, compare_widths, load_shapes
 from mup_features.width_rules import Form, Optimizer, tied_readout_multiplier, width_scales
 
-from ._init_laws import Init, Law, init_growth, laws_of, root_mean_square
+from ._init_laws import measured, root_mean_square
 from ._layouts import ParameterInfo, clean_name, parameter_infos, unwrapped
 from ._multipliers import set_multiplier
 from ._spectral import SpectralReport, spectral_check, spectral_ratios, spectral_targets
@@ -112,7 +113,7 @@ def apply_mup(
     form: Form = "mult",
     rescale: bool = True,
     zero_readout: bool = False,
-    init: Init | Mapping[str, Law] = "auto",
+    init: Init = "auto",
 ) -> Model:
     """Give a freshly initialised model muP's initial sizes and forward multipliers, in place and once.
 
@@ -128,9 +129,11 @@ def apply_mup(
             which no multiplier can stand take the pure form; a tied readout keeps its multiplier.
         rescale: whether to rescale parameters; False only adds the multipliers.
         zero_readout: start readouts, with their biases, at zero.
-        init: how the model's own initialisation depends on width: "fan_in" (torch's default), "constant" (one
-            standard deviation at every width, as GPT-2), patterns with laws, or "auto" to find out by
-            comparison with the base model.
+        init: how the model's own initialisation depends on width: "fan_in" (torch's default), "fan_out"
+            (1/sqrt(d) for an embedding, orthogonal or Glorot weights of a first layer), "constant" (one
+            standard deviation at every width, as GPT-2), name patterns with these, or "auto" to find out by
+            comparison with the base model; where its entries are not known, embeddings and first layers are
+            taken to be constant.
 
     Returns:
         The model.
@@ -160,7 +163,7 @@ def apply_mup(
         if meta := [name for name, parameter in unique.items() if parameter.is_meta]:
             raise ValueError(f"parameter {meta[0]!r} is on the meta device: initialise it before apply_mup")
         if rescale:
-            laws = laws_of(unique, roles, infos, init)
+            laws = laws_of(measured(unique, infos), roles, init)
             _rescale(unique, roles, laws, form)
         with torch.no_grad():
             for parameter in readouts:
