@@ -112,9 +112,10 @@ def test_standard_errors_of_the_eigenvalue_or_of_the_entries_set_the_threshold()
     entry = judge(np.full((2, 2), 1e-3))
     # The eigenvector is a unit vector: only the error of its own entry counts.
     assert entry.threshold == pytest.approx(5e-3, rel=1e-12) and entry.status == "independent"
-    mixed = np.array([[0.505, -0.495], [-0.495, 0.505]])
-    wide = check_independence({}, {2: mixed}, 2, {"K_post": {2: np.full((2, 2), 2e-3)}}).entries[0]
-    assert wide.threshold == pytest.approx(5 * 4e-3, rel=1e-12) and wide.status == "unresolved"
+    for cross in (-0.495, 0.495):  # eigenvectors with equal and with opposite signs
+        mixed = np.array([[0.505, cross], [cross, 0.505]])
+        wide = check_independence({}, {2: mixed}, 2, {"K_post": {2: np.full((2, 2), 2e-3)}}).entries[0]
+        assert wide.threshold == pytest.approx(5 * 4e-3, rel=1e-12) and wide.status == "unresolved"
 
 
 def test_bad_grams_or_errors_are_refused():

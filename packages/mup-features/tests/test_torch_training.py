@@ -195,6 +195,18 @@ def test_the_wrapper_keeps_the_factors_of_every_schedule(name):
             each.step()
 
 
+def test_the_wrapper_does_not_let_rounding_pile_up():
+    parameters = [nn.Parameter(torch.ones(1)) for _ in range(2)]
+    optimizer = torch.optim.SGD([{"params": [parameters[0]], "lr": 0.1 / 3.0, "lr_scale": 1.0 / 3.0}])
+    plain = torch.optim.SGD([parameters[1]], lr=0.1)
+    scheduler = ScaledLRScheduler(optimizer, lambda o: lr_scheduler.ExponentialLR(o, gamma=0.97))
+    expected = lr_scheduler.ExponentialLR(plain, gamma=0.97)
+    for _ in range(300):
+        for each in (optimizer, plain, scheduler, expected):
+            each.step()
+    assert scheduler.get_last_lr() == [plain.param_groups[0]["lr"] * (1.0 / 3.0)]
+
+
 def test_without_the_wrapper_an_absolute_schedule_erases_the_factors():
     optimizer = sgd()
     ABSOLUTE["OneCycleLR"](optimizer)
