@@ -42,6 +42,14 @@ def test_classify_takes_exponents(capsys):
 CHECK = ["coord-check", "--widths", "32,64,128,256", "--seeds", "4", "--steps", "2"]
 
 
+def test_classify_refuses_a_depth_that_the_parametrization_does_not_have(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["classify", "mfp", "--depth", "3"])
+    assert ended.value.code == 2
+    assert "depth must be 1 for 'mfp', got 3" in capsys.readouterr().err
+    assert main(["classify", "--depth", "3"]) == 0  # all of them: mfp has one hidden layer
+
+
 def test_coordinate_check_passes_with_status_0_and_writes_its_files(capsys, tmp_path):
     pytest.importorskip("torch")
     files = ["--csv", str(tmp_path / "check.csv"), "--png", str(tmp_path / "check.png")]

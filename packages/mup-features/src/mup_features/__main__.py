@@ -194,7 +194,8 @@ def _classify(options: argparse.Namespace) -> Iterator[Any]:
     found = {}
     for name in names or PLAIN_NAMES:
         one = Parametrization(name, optimizer=options.optimizer, alignment=options.alignment)
-        found["abc" if isinstance(name, Abc) else name] = one.classify(1 if name == "mfp" else options.depth)
+        depth = options.depth if names or name != "mfp" else 1  # in the list of all, mfp has its own depth
+        found["abc" if isinstance(name, Abc) else name] = one.classify(depth)
     if options.json:
         yield _files.to_json({name: asdict(regime) for name, regime in found.items()})
         return

@@ -121,6 +121,9 @@ def apply_mup(
     again, also after loading a checkpoint, changes no parameter. Call it before `load_state_dict`; for
     parameters that already are muP's, pass rescale=False.
 
+    Multipliers are hooks of layers: a readout that is written as `F.linear(x, embedding.weight)` calls no
+    layer and gets none. Make it an `nn.Linear` that shares the embedding's weight.
+
     Args:
         model: the model, before or after `fully_shard`; before its first compiled call.
         roles: from `infer_roles`.
