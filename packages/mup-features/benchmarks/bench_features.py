@@ -83,7 +83,7 @@ def measure_recorder(samples: int, width: int, options: Options) -> Comparison:
         baseline="forward pass",
         title=f"recorder: N {samples}, width {width}, float32, torch {torch.__version__}",
     )
-    gemm = 2 * samples * width * (2 * width + 10) + 0.0
+    gemm = 2 * samples * width * (2 * width + 10)
     gram = samples * (samples + 1) * width
     return comparison.with_column(
         "Gflop", lambda row: f"{(gemm + (gram if 'Gram' in row.name else 0)) / 1e9:.3g}"

@@ -279,7 +279,7 @@ def networks_approach_the_limit(run: Run) -> Measurement:
         criteria=[within(slope, -0.6, -0.4), precise_enough(noise, 0.1)],
         configurations=[asdict(size) | common],
         figures=[
-            charts.rates("Distance from the limit", size.widths, {"muP": rows}, -0.5),
+            charts.rates("Distance from the limit", size.widths, {"mup": rows}, -0.5),
             charts.with_limit(
                 f"Outputs of networks of width {size.widths[-1]} and of the limit",
                 "f",

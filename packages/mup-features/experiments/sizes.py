@@ -107,12 +107,12 @@ MINIMUM = {
     "full": Minimum((64, 256, 1024, 4096, 16384), data="cifar", gpu=True),
 }
 CONVERGENCE = {
-    "quick": Convergence((32, 64, 128, 256), 256, 16384, 4),
+    "quick": Convergence((32, 64, 128, 256), 128, 16384, 4),
     "laptop": Convergence((32, 64, 128, 256, 512), 512, 65536, 4),
     "full": Convergence((32, 128, 512, 2048, 8192), 256, 65536, 4, gpu=True),
 }
 KERNEL = {
-    "quick": Kernel("two points", (128, 512, 2048), 8, 5, 0.3),
+    "quick": Kernel("two points", (64, 256, 1024), 8, 5, 0.3),
     "laptop": Kernel("digits", (256, 1024, 4096), 5, 30, 2.0),
     "full": Kernel("digits", (256, 1024, 4096, 16384), 5, 30, 2.0, gpu=True),
 }
