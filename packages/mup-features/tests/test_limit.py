@@ -46,6 +46,7 @@ def test_the_identity_gives_r1_exactly_at_a_small_population(x64, depth):
     np.testing.assert_allclose(run.K_post[depth - 1, 3][UPPER], R1_K[depth], atol=2e-12)
 
 
+@pytest.mark.slow
 def test_the_identity_is_exact_for_several_outputs_and_every_step(x64):
     run = limit(depth=3, activation="identity", samples=128, output_dim=2, sigma=0.8).fit(X, TWO_OUTPUTS, 3)
     f, K = identity_limit(X, TWO_OUTPUTS, ETA, 3, 3, sigma=0.8)
@@ -164,6 +165,7 @@ def test_permuting_the_samples_permutes_the_outputs(X, y):
         np.testing.assert_allclose(outputs(X[::-1], y[::-1]), outputs(X, y)[:, :, ::-1], atol=1e-9)
 
 
+@pytest.mark.slow
 def test_equal_samples_have_equal_outputs_and_are_warned_of(x64):
     model = limit(replicas=1)
     with pytest.warns(UserWarning, match="equal rows"):
@@ -175,6 +177,7 @@ def test_equal_samples_have_equal_outputs_and_are_warned_of(x64):
     np.testing.assert_allclose(run.f[:, :1], single.f, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_rotating_the_targets_rotates_the_outputs(x64):
     turn = np.array([[0.6, -0.8], [0.8, 0.6]])
     both = TWO_OUTPUTS, TWO_OUTPUTS @ turn
@@ -188,6 +191,7 @@ def test_rotating_the_targets_rotates_the_outputs(x64):
     np.testing.assert_allclose(turned.f, straight.f @ turn, atol=4 * error)
 
 
+@pytest.mark.slow
 def test_an_output_with_zero_target_stays_zero_and_disturbs_no_other(x64):
     with_zero = np.stack([Y, 0 * Y], axis=1)
     run = limit(output_dim=2, samples=2048, replicas=6).fit(X, with_zero, 3, record=())
@@ -224,6 +228,7 @@ def test_onlookers_leave_training_as_it_was(x64):
     np.testing.assert_array_equal(sparse.replicas["f"], dense.replicas["f"][:, [0, 3]])
 
 
+@pytest.mark.slow
 def test_outputs_beyond_the_span_of_the_training_inputs_are_those_of_the_limit(x64):
     # One training input, and onlookers with a part beyond it: for the identity outputs are linear in x.
     model = limit(depth=2, activation="identity", samples=64)
@@ -244,6 +249,7 @@ def test_outputs_at_new_inputs_are_those_of_the_exact_limit(x64):
     np.testing.assert_allclose(run.f_test[:, 0, 0], expected, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_fewer_directions_change_outputs_by_less_than_their_error(x64):
     model = limit(tol=1e-10)
     fine = model.fit(X, Y, 12, record=())

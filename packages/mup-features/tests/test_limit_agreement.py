@@ -94,6 +94,7 @@ def test_kernel_schemes_descend_with_their_kernel(x64, scheme):
     assert (run.stderr("f") == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", [1, 2])
 def test_quadrature_agrees(x64, depth):
     steps = 3 if depth == 1 else 1

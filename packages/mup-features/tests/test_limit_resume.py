@@ -128,7 +128,9 @@ def test_a_run_does_not_go_back(x64):
         model.resume(1)
 
 
-@pytest.mark.parametrize("options", [{"method": "quadrature", "depth": 1}, {"parametrization": "ntp"}])
+@pytest.mark.parametrize(
+    "options", [{"method": "quadrature", "depth": 1, "activation": "identity"}, {"parametrization": "ntp"}]
+)
 def test_methods_without_a_state_refuse_to_save_it(x64, tmp_path, options):
     model = limit(**options)
     with pytest.raises(ValueError, match="save_to must be None where there is no sampler's state"):

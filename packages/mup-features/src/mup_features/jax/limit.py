@@ -35,7 +35,7 @@ from .run_plan import RECORDABLE, Data, checked_count, checked_data, recorded_st
 from .trajectory import DivergedError, Trajectory
 
 CAPACITY = 64
-"""Directions that a matrix has room for at first."""
+"""Directions that a matrix has room for at first, at least; those of eight steps, as each growth compiles."""
 
 __all__ = ["DivergedError", "InfiniteWidthMLP", "Trajectory"]
 
@@ -207,7 +207,7 @@ class InfiniteWidthMLP:
             batch_key, _ = jax.random.split(self.key)
             return kernel_trajectory(self.settings, self.scheme, data, recorded, record, batch_key)
         self._run = self._new_run(data, frozenset(record), every)
-        self.state = self._run.start(CAPACITY)
+        self.state = self._run.start(max(CAPACITY, 8 * (self.settings.batch or len(data.X))))
         return self._advance(steps, save_to, save_every)
 
     def resume(self, steps: int, *, save_to: str | Path | None = None, save_every: int = 10) -> Trajectory:
