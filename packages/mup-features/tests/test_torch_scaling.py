@@ -439,3 +439,17 @@ def test_refusals_come_before_any_change():
         torch.equal(a, b) for a, b in zip(model.parameters(), build(MLP, 64).parameters(), strict=True)
     )
     assert "mup_form" not in model.state_dict()
+
+
+def test_a_readout_without_its_layer_gets_the_same_multiplier_by_hand():
+    from mup_features.torch import readout_multiplier
+
+    model, base = (torch.nn.Sequential(torch.nn.Linear(4, n), torch.nn.Linear(n, 3)) for n in (64, 16))
+    roles = infer_roles(model, base=base)
+    apply_mup(model, roles)
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    readout = model[1]
+    by_hand = torch.nn.functional.linear(
+        x * readout_multiplier(roles["1.weight"]), readout.weight, readout.bias
+    )
+    torch.testing.assert_close(by_hand, readout(x))

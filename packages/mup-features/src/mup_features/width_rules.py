@@ -27,6 +27,7 @@ __all__ = [
     "Form",
     "Optimizer",
     "WidthScales",
+    "readout_multiplier",
     "tied_readout_multiplier",
     "width_scales",
 ]
@@ -95,6 +96,26 @@ def tied_readout_multiplier(role: Role, form: Form) -> float:
     It turns the embedding's size into the readout's, smaller by m: 1/m, in the symmetric form 1/sqrt(m).
     """
     return _size(role, form)[1] / role.fan_out_mult
+
+
+def readout_multiplier(role: Role, form: Form = "mult") -> float:
+    """Factor of a readout written by hand, as in `(x * factor) @ kernel` or `F.linear(x * factor, W)`.
+
+    For an embedding it is that of the tied readout, `(x * factor) @ embedding.T`. Calls of layers have their
+    multiplier after `apply_mup` or `init_rescale`; weights used without calling their layer have not.
+
+    Args:
+        role: of the readout's weight, or of the tied embedding.
+        form: as given to `apply_mup` or `init_rescale`.
+
+    Raises:
+        ValueError: if the role is neither, or the form unknown.
+    """
+    if role.kind == "hidden":
+        raise ValueError(f"role must be that of a readout or of an embedding, got {role}")
+    if role.kind == "output":
+        return width_scales(role, form=form).multiplier
+    return tied_readout_multiplier(role, form)
 
 
 def _exponent(alignment: Alignment) -> float:

@@ -25,7 +25,13 @@ from mup_features.init_laws import Init, init_growth, laws_of
 from mup_features.role_table import format_roles
 from mup_features.roles import BaseShape, Layout, Override, Role, at_base_width, roles_from_shapes
 from mup_features.shapes import base_shape_of, compare_widths
-from mup_features.width_rules import Form, Optimizer, tied_readout_multiplier, width_scales
+from mup_features.width_rules import (
+    Form,
+    Optimizer,
+    readout_multiplier,
+    tied_readout_multiplier,
+    width_scales,
+)
 
 from ._init_laws import measured, root_mean_square
 from ._layouts import layout_of, node_at, parameters
@@ -190,28 +196,6 @@ def init_rescale(
         module.promote_dtype = promotion
     setattr(model, _MARK, form)
     return model
-
-
-def readout_multiplier(role: Role, form: Form = "mult") -> float:
-    """Factor of the input of a readout that is written by hand, as in `(x * factor) @ kernel`.
-
-    For an embedding it is that of the tied readout, `(x * factor) @ embedding.T`. Layers of flax have theirs
-    after `init_rescale`, `nnx.Embed.attend` too.
-
-    Args:
-        role: of the readout's kernel, or of the tied embedding.
-        form: as given to `init_rescale`.
-
-    Raises:
-        ValueError: if the role is neither, or the form unknown.
-    """
-    if role.kind == "hidden":
-        raise ValueError(f"role must be that of a readout or of an embedding, got {role}")
-    return (
-        width_scales(role, form=form).multiplier
-        if role.kind == "output"
-        else tied_readout_multiplier(role, form)
-    )
 
 
 def attention_fn(base_head_dim: int) -> Callable[..., jax.Array]:

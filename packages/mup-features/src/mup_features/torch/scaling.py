@@ -27,7 +27,13 @@ from mup_features.init_laws import Init, Law, init_growth, laws_of
 from mup_features.role_table import format_roles
 from mup_features.roles import Override, Role, at_base_width, roles_from_shapes
 from mup_features.shapes import BaseShape, base_shape_of, compare_widths, load_shapes
-from mup_features.width_rules import Form, Optimizer, tied_readout_multiplier, width_scales
+from mup_features.width_rules import (
+    Form,
+    Optimizer,
+    readout_multiplier,
+    tied_readout_multiplier,
+    width_scales,
+)
 
 from ._init_laws import measured, root_mean_square
 from ._layouts import ParameterInfo, clean_name, parameter_infos, unwrapped
@@ -45,6 +51,7 @@ __all__ = [
     "base_shapes",
     "infer_roles",
     "named_parameters",
+    "readout_multiplier",
     "residual_scale",
     "role_table",
     "spectral_check",
@@ -122,7 +129,8 @@ def apply_mup(
     parameters that already are muP's, pass rescale=False.
 
     Multipliers are hooks of layers: a readout that is written as `F.linear(x, embedding.weight)` calls no
-    layer and gets none. Make it an `nn.Linear` that shares the embedding's weight.
+    layer and gets none. Make it an `nn.Linear` that shares the embedding's weight, or multiply x by
+    `readout_multiplier(role)`.
 
     Args:
         model: the model, before or after `fully_shard`; before its first compiled call.
