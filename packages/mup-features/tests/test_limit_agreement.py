@@ -61,13 +61,13 @@ def test_wide_networks_agree(x64, name):
 
 
 @pytest.mark.slow
-def test_networks_under_ip_llr_come_near_the_limit_slowly(x64):
-    """Homogeneity is what the limit needs beyond layer 2; for tanh corrections are of order n^{-1/2}."""
+def test_networks_of_three_layers_under_ip_llr_come_near_the_limit(x64):
     ours = limit(depth=3, parametrization="ip_llr", samples=4096).fit(X, Y, 3, record=())
-    gaps = [
-        np.abs(wide(depth=3, parametrization="ip_llr", replicas=2).fit(X, Y, 3, record=()).f - ours.f).max()
-    ]
-    assert gaps[-1] < 0.05
+    theirs = wide(depth=3, parametrization="ip_llr", replicas=2).fit(X, Y, 3, record=())
+    # For tanh corrections are of order n^{-1/2}, 0.003 here, times a factor of order one: no standard error
+    # covers this bias.
+    assert np.abs(theirs.f - ours.f).max() < 5 / np.sqrt(100_000)
+    assert np.abs(ours.f[3]).max() > 0.01
 
 
 def test_ip_with_three_layers_stands_still_and_ip_llr_does_not(x64):
