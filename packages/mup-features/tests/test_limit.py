@@ -15,6 +15,7 @@ from reference import ETA, R1_F, R1_K, X, Y, identity_limit
 from mup_features.jax import products, replica
 from mup_features.jax.limit import DivergedError, InfiniteWidthMLP
 from mup_features.parametrization import Parametrization
+from mup_features.theory import covariance_preservation_error
 
 TWO_OUTPUTS = np.stack([Y, [0.3, 0.8]], axis=1)
 
@@ -398,3 +399,22 @@ def test_the_same_key_gives_the_same_numbers_and_another_key_others(x64):
     np.testing.assert_array_equal(first, again)
     assert (np.abs(first - other)[:, 1] > 1e-8).all()
     assert np.abs(first[0, 1] - first[1, 1]).min() > 1e-8
+
+
+@pytest.mark.parametrize(("moment_match", "low", "high"), [(True, 0.0, 1e-12), (False, 1e-4, 0.2)])
+def test_covariances_of_the_fields_are_preserved_at_all_training_times(x64, moment_match, low, high):
+    X, y = np.array([[1.0, 0.5], [-0.3, 0.8]]), np.array([1.0, -0.5])
+    model = InfiniteWidthMLP(
+        depth=3,
+        input_dim=2,
+        lr=0.3,
+        reduction="sum",
+        samples=1024,
+        replicas=2,
+        moment_match=moment_match,
+        key=jax.random.key(0),
+    )
+    model.fit(X, y, 2, record=("f",))
+    errors = covariance_preservation_error(model)
+    assert set(errors) == {2, 3}
+    assert all(low <= error <= high for error in errors.values())

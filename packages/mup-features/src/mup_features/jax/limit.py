@@ -25,7 +25,7 @@ from mup_features.parametrization import Parametrization
 
 from .activations import Elementwise
 from .checkpoint import load_state, save_state
-from .fields import MAX_SOBOL_DIMS, FieldSource, Sampler
+from .fields import MAX_SOBOL_DIMS, FieldSource, Sampler, mean_products
 from .kernel_run import kernel_trajectory
 from .limit_run import LimitState, Run
 from .losses import Reduction, SampleLoss
@@ -236,6 +236,27 @@ class InfiniteWidthMLP:
         outputs = np.mean([np.asarray(run.outputs(state, r)) for r in range(len(state.replicas))], axis=0)
         self._apply(run, state)
         return outputs
+
+    @property
+    def gaussian_covariances(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """For l = 2..L: covariance of the fields of W_0^l transposed, and moments of what it has met.
+
+        All backward signals b^l_s so far are combinations of the orthonormal basis that the transpose has
+        met, so the basis stands for them; means over replicas. `mup_features.covariance_preservation_error` takes
+        the model and compares the two, layer by layer.
+
+        Raises:
+            RuntimeError: as in `resume`.
+        """
+        _, state = self._begun()
+        found = {}
+        for layer in range(2, self.settings.depth + 1):
+            sides = [replica.matrices[layer - 2].y for replica in state.replicas]
+            rank = min(side.rank for side in sides)
+            covariances = [mean_products(side.g[:, :rank], side.g[:, :rank]) for side in sides]
+            moments = [mean_products(side.q[:, :rank], side.q[:, :rank]) for side in sides]
+            found[layer] = (np.mean(covariances, axis=0), np.mean(moments, axis=0))
+        return found
 
     def save(self, path: str | Path) -> None:
         """Write the state as npz, atomically.
