@@ -242,8 +242,8 @@ class InfiniteWidthMLP:
         """For l = 2..L: covariance of the fields of W_0^l transposed, and moments of what it has met.
 
         All backward signals b^l_s so far are combinations of the orthonormal basis that the transpose has
-        met, so the basis stands for them; means over replicas. `mup_features.covariance_preservation_error` takes
-        the model and compares the two, layer by layer.
+        met, so the basis stands for them; means over replicas.
+        `mup_features.covariance_preservation_error` takes the model and compares the two, layer by layer.
 
         Raises:
             RuntimeError: as in `resume`.
