@@ -183,8 +183,8 @@ def test_nnx_and_torch_train_alike_from_equal_weights(optimizer, form, x64):
     our_roles = infer_roles(ours, nnx.eval_shape(lambda: MLP(4, nnx.Rngs(0))))
     init_rescale(ours, our_roles, form, "fan_in")
     for mine, layer in zip((ours.enter, ours.middle, ours.leave), theirs[::2], strict=True):
-        mine.kernel[...] = jnp.asarray(layer.weight.detach().numpy().T)
-        mine.bias[...] = jnp.asarray(layer.bias.detach().numpy())
+        mine.kernel = nnx.Param(jnp.array(layer.weight.detach().numpy().T, copy=True))
+        mine.bias = nnx.Param(jnp.array(layer.bias.detach().numpy(), copy=True))
 
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(5, 8)), rng.normal(size=(5, 4))

@@ -214,6 +214,7 @@ def test_a_test_input_equal_to_a_training_input_has_its_outputs(x64):
     np.testing.assert_allclose(run.replicas["f_test"], run.replicas["f"][:, :, ::-1], atol=1e-12)
 
 
+@pytest.mark.slow
 def test_runs_repeat_and_do_not_depend_on_how_replicas_are_grouped_or_what_is_recorded(x64):
     def run(replicas_at_once, **options):
         simulator = WidthSimulator(
