@@ -92,7 +92,6 @@ def measure_recorder(samples: int, width: int, options: Options) -> Comparison:
 
 def measure_ntk(samples: int, depth: int, options: Options) -> Comparison:
     """The NTK of ReLU networks, ours here and neural-tangents' in its own process, in float64."""
-    jax.config.update("jax_enable_x64", True)
     X = np.random.default_rng(0).standard_normal((samples, 64)) / 8
 
     def ours() -> Any:
@@ -116,6 +115,7 @@ def measure_ntk(samples: int, depth: int, options: Options) -> Comparison:
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_enable_x64", True)
     sys.exit(
         main(
             measure,

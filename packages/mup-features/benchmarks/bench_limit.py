@@ -161,7 +161,6 @@ def measure(name: str, options: Options) -> Comparison:
     def timed(title: str) -> Callable[[], None]:
         return lambda: outputs[title].append(runs[title](problem, next(seeds)))
 
-    jax.config.update("jax_enable_x64", True)
     baseline = next(iter(runs))
     few = replace(options, device="cpu", min_time=0.0, warmup=1, repeats=min(options.repeats, REPEATS))
     comparison = few.compare(
@@ -182,6 +181,7 @@ def measure(name: str, options: Options) -> Comparison:
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_enable_x64", True)
     sys.exit(
         main(
             measure,
