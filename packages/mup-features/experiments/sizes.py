@@ -112,7 +112,7 @@ CONVERGENCE = {
     "full": Convergence((32, 128, 512, 2048, 8192), 256, 65536, 4, gpu=True),
 }
 KERNEL = {
-    "quick": Kernel("two points", (64, 256, 1024), 8, 5, 0.3),
+    "quick": Kernel("two points", (64, 256, 1024), 24, 5, 0.3),
     "laptop": Kernel("digits", (256, 1024, 4096), 5, 30, 2.0),
     "full": Kernel("digits", (256, 1024, 4096, 16384), 5, 30, 2.0, gpu=True),
 }
