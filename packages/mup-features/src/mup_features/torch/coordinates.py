@@ -116,9 +116,16 @@ def default_loss(model: nn.Module, batch: Any) -> Tensor:
 
 @contextmanager
 def _own_random_state(seed: int) -> Iterator[None]:
+    """Seeds what `model_fn` draws from inside the block, and gives the caller's state back after it.
+
+    Initializers of torch.nn take no generator. Only generators that are saved here are seeded:
+    `torch.manual_seed` would touch those of other accelerators too.
+    """
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+        for device in devices:
+            torch.cuda.default_generators[device].manual_seed(seed)
         yield
 
 
