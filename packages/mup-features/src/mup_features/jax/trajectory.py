@@ -9,32 +9,15 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Float
 
-__all__ = ["DivergedError", "Record", "Trajectory", "joint_gram", "min_eig"]
+from mup_features.similarity import joint_gram_from_blocks
+from mup_features.spectra import jackknife_lambda_min, lambda_min
+
+__all__ = ["DivergedError", "Record", "Trajectory"]
 
 Record = dict[str, np.ndarray]
 """What one replica records at one step: name -> array. Layers are stacked first, [L, ...]."""
 
 FIELDS = ("f", "f_test", "loss", "K_pre", "K_post", "K_pre_cross", "K_post_cross", "G", "change")
-
-
-def min_eig(gram: Float[np.ndarray, "*stack n n"]) -> Float[np.ndarray, " *stack"]:
-    """Smallest eigenvalue of symmetric matrices, not clipped: rounding can make it slightly negative."""
-    return np.linalg.eigvalsh(gram)[..., 0]
-
-
-def joint_gram(
-    first: Float[np.ndarray, "*stack n n"],
-    cross: Float[np.ndarray, "*stack n n"],
-    later: Float[np.ndarray, "*stack n n"],
-) -> Float[np.ndarray, "*stack n2 n2"]:
-    """Gram matrix of the 2N rows [A_0; A_t], from those of A_0 and A_t and cross = A_t A_0^T."""
-    return np.concatenate(
-        [
-            np.concatenate([first, np.swapaxes(cross, -1, -2)], axis=-1),
-            np.concatenate([cross, later], axis=-1),
-        ],
-        axis=-2,
-    )
 
 
 @dataclass(frozen=True)
@@ -118,7 +101,7 @@ class Trajectory:
 
         The mean matrix is used because the smallest eigenvalue is concave: that of a noisy matrix is too low.
         """
-        return self._jackknife(min_eig, self._recorded(name))
+        return self._smallest(self._recorded(name))
 
     def joint_min_eig(self, when: str = "pre") -> tuple[Float[np.ndarray, "L T"], Float[np.ndarray, "L T"]]:
         """Smallest eigenvalue of the Gram matrix of the 2N features at init and at each step, with its error.
@@ -133,23 +116,31 @@ class Trajectory:
         if when not in ("pre", "post"):
             raise ValueError(f"when must be 'pre' or 'post', got {when!r}")
         gram, cross = self._recorded(f"K_{when}"), self._recorded(f"K_{when}_cross")
-        return self._jackknife(min_eig, joint_gram(cross[:, :1].repeat(cross.shape[1], 1), cross, gram))
+        joint = np.zeros((*gram.shape[:3], 2 * gram.shape[3], 2 * gram.shape[3]))
+        for replica, step, layer in np.ndindex(gram.shape[:3]):
+            at = (replica, step, layer)
+            joint[at] = joint_gram_from_blocks(gram[replica, 0, layer], cross[at], gram[at])
+        return self._smallest(joint)
 
     def _recorded(self, name: str) -> np.ndarray:
         if name not in self.replicas:
             raise KeyError(f"{name} was not recorded; recorded were {', '.join(sorted(self.replicas))}")
         return self.replicas[name]
 
-    def _jackknife(self, measure, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        whole = measure(values.mean(axis=0)).T
-        count = len(values)
-        if self.method in ("quadrature", "kernel"):
-            return whole, np.zeros_like(whole)
-        if count == 1:
-            return whole, np.full_like(whole, np.nan)
-        left_out = (values.sum(axis=0) - values) / (count - 1)
-        parts = np.stack([measure(part).T for part in left_out])
-        return whole, np.sqrt((count - 1) / count * ((parts - parts.mean(axis=0)) ** 2).sum(axis=0))
+    def _smallest(
+        self, grams: Float[np.ndarray, "R T L n n"]
+    ) -> tuple[Float[np.ndarray, "L T"], Float[np.ndarray, "L T"]]:
+        """lambda_min of the mean over replicas for each layer and step, and its standard error."""
+        exact, single = self.method in ("quadrature", "kernel"), len(grams) == 1
+        values, errors = (np.zeros(grams.shape[2:0:-1]) for _ in range(2))
+        for layer, step in np.ndindex(values.shape):
+            runs = grams[:, step, layer]
+            if exact or single:
+                values[layer, step] = lambda_min(runs.mean(axis=0))
+                errors[layer, step] = 0.0 if exact else np.nan
+            else:
+                values[layer, step], errors[layer, step] = jackknife_lambda_min(runs)
+        return values, errors
 
 
 class DivergedError(ArithmeticError):
