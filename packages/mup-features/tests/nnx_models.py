@@ -49,6 +49,24 @@ class Transformer(nnx.Module):
         return self.embed.attend(h) if self.head is None else self.head(h)
 
 
+class Residual(nnx.Module):
+    """8 -> width, blocks added to it with a factor, -> 4."""
+
+    def __init__(self, width, layers, branch, rngs, dtype=jnp.float32):
+        self.enter = nnx.Linear(8, width, param_dtype=dtype, rngs=rngs)
+        blocks = [nnx.Linear(width, width, param_dtype=dtype, rngs=rngs) for _ in range(layers)]
+        # flax before 0.12 takes lists of modules as they are
+        self.blocks = getattr(nnx, "List", list)(blocks)
+        self.leave = nnx.Linear(width, 4, param_dtype=dtype, rngs=rngs)
+        self.branch = branch
+
+    def __call__(self, x):
+        h = self.enter(x)
+        for block in self.blocks:
+            h = h + self.branch * jnp.tanh(block(h))
+        return self.leave(h)
+
+
 class Layers(nnx.Module):
     """Every layer of flax that holds a kernel, each with a width on either side."""
 

@@ -131,7 +131,7 @@ def test_masked_parameters_are_left_alone():
         ({"weight_decay": -0.1}, "weight_decay must be >= 0, got -0.1"),
         ({"weight_decay_mode": "none"}, "weight_decay_mode must be one of"),
         ({"form": "both"}, "form must be one of"),
-        ({"optimizer": "sgd", "eps_scaling": True}, "eps_scaling must be False unless"),
+        ({"optimizer": "sgd", "eps_scaling": True}, "eps_scaling needs an Adam optimizer, got 'sgd'"),
     ],
 )
 def test_bad_settings_are_refused(changed, words):

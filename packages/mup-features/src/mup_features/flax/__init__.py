@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ._depth import residual_scale
     from .coordinates import coordinate_check
     from .features import empirical_ntk, record_features
     from .scaling import attention_fn, base_shapes, infer_roles, init_rescale, readout_multiplier, role_table
@@ -30,6 +31,7 @@ _HOME = {
     "mup_transform": "transform",
     "readout_multiplier": "scaling",
     "record_features": "features",
+    "residual_scale": "_depth",
     "role_table": "scaling",
 }
 
@@ -43,6 +45,7 @@ __all__ = [
     "mup_transform",
     "readout_multiplier",
     "record_features",
+    "residual_scale",
     "role_table",
 ]
 

@@ -5,9 +5,17 @@
 
 Decoupled weight decay is an argument: behind `optax.adamw` the factors would scale the decay too, and with
 muP's usual convention the product of rate and decay is the same for every parameter.
+
+Adam's epsilon differs between parameters where it follows their gradients (`eps_scaling`, depth="linear").
+No transform behind `inner` can change it, but one in front can: with s the factor of epsilon,
+
+    (m/s) / (sqrt(v/s^2) + eps) = m / (sqrt(v) + s eps),
+
+so dividing a parameter's gradient by s before Adam is exactly Adam with epsilon s eps, whoever sets eps.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -17,10 +25,12 @@ import optax
 from mup_features.roles import Role
 from mup_features.width_rules import Alignment, DecayMode, Form, Optimizer, WidthScales, width_scales
 
+from ._depth import Depth, blocks_and_ratio, depth_factors
+
 __all__ = ["MupState", "mup_transform"]
 
 Rate = float | jax.Array | Callable[[Any], Any]
-_EPS_OPTIMIZERS = ("adam", "adamw")
+_EPS_OPTIMIZERS = ("adam", "adamw", "muon")
 
 
 class MupState(NamedTuple):
@@ -46,6 +56,10 @@ def mup_transform(
     form: Form = "mult",
     alignment: Alignment | tuple[Alignment, Alignment] = "full",
     eps_scaling: bool = False,
+    depth: Depth | None = None,
+    layers: int | None = None,
+    base_layers: int | None = None,
+    blocks: str | Sequence[str] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """An optax optimiser whose updates are scaled parameter by parameter as muP asks.
 
@@ -67,28 +81,42 @@ def mup_transform(
         form: the form given to `init_rescale`.
         alignment: "full", "none" or an exponent in [1/2, 1], or a pair for (hidden, output).
         eps_scaling: divide each gradient by its width factor before `inner`, so that Adam's epsilon means the
-            same at every width; for Adam only, which ignores the size of gradients otherwise.
+            same at every width; for Adam only, which ignores the size of gradients otherwise. Clipping by a
+            global norm then belongs in front of this transform, not into `inner`.
+        depth: "sqrt" lowers the rate of blocks by sqrt(L0/L), except SGD's, for branches scaled by
+            sqrt(L0/L); "linear" leaves rates and decay, multiplies Adam's epsilon by L0/L (as eps_scaling
+            does, with the same advice) and SGD's rate by L/L0, for branches scaled by L0/L. The branches
+            are scaled in the model, by `residual_scale`.
+        layers: number L of residual blocks, with depth.
+        base_layers: number L0 in the base model, with depth.
+        blocks: name patterns of the parameters inside the blocks ("blocks.*"); default: the hidden weights.
 
     Raises:
         TypeError: if `inner` is no gradient transformation.
-        ValueError: for an unknown optimizer, form or mode, a negative weight decay, eps_scaling with another
-            optimizer than Adam; at `init`, for a parameter without a role; at `update`, for weight decay
-            without parameters, or without a learning rate.
+        ValueError: for an unknown optimizer, form, mode or depth, a number out of range, patterns that match
+            nothing, eps_scaling with another optimizer than Adam; at `init`, for a parameter without a role;
+            at `update`, for weight decay without parameters, or without a learning rate.
+
+    Source: Yang et al. 2022 (arXiv 2203.03466), tables 3 and 8; depth: Yang et al. 2023 (arXiv 2310.02244),
+    Dey et al. 2025 (arXiv 2505.01618).
     """
     if not (hasattr(inner, "init") and hasattr(inner, "update")):
         raise TypeError(f"inner must be an optax.GradientTransformation, got {type(inner).__name__}")
     if isinstance(weight_decay, (int, float)) and not weight_decay >= 0.0:
         raise ValueError(f"weight_decay must be >= 0, got {weight_decay!r}")
     if eps_scaling and optimizer not in _EPS_OPTIMIZERS:
-        raise ValueError(f"eps_scaling must be False unless optimizer is 'adam', got optimizer {optimizer!r}")
-    pair = alignment if isinstance(alignment, tuple) else (alignment, alignment)
+        raise ValueError(f"eps_scaling needs an Adam optimizer, got {optimizer!r}")
+    inside, ratio = blocks_and_ratio(roles, depth, layers, base_layers, blocks)
     scales = {
-        name: width_scales(
+        name: _scales(
             role,
+            ratio if name in inside else 1.0,
             optimizer=optimizer,
             form=form,
-            alignment=pair[role.kind == "output"],
+            alignment=alignment,
             weight_decay_mode=weight_decay_mode,
+            eps_scaling=eps_scaling,
+            depth=depth,
         )
         for name, role in roles.items()
     }
@@ -101,8 +129,7 @@ def mup_transform(
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, MupState]:
         of_leaf = _of_leaves(updates, scales)
-        if eps_scaling:
-            updates = _times(updates, [1.0 / scale.eps for scale in of_leaf])
+        updates = _times(updates, [1.0 / scale.eps for scale in of_leaf])
         updates, inner_state = wrapped.update(updates, state.inner, params, **extra)
         updates = _times(updates, [scale.lr for scale in of_leaf])
         if decays:
@@ -117,6 +144,37 @@ def mup_transform(
         return updates, MupState(state.step + 1, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _scales(
+    role: Role,
+    ratio: float,
+    *,
+    optimizer: Optimizer,
+    form: Form,
+    alignment: Alignment | tuple[Alignment, Alignment],
+    weight_decay_mode: DecayMode,
+    eps_scaling: bool,
+    depth: Depth | None,
+) -> WidthScales:
+    """Factors of width and depth together; that of epsilon is 1 where none is asked for or none exists."""
+    pair = alignment if isinstance(alignment, tuple) else (alignment, alignment)
+    of_width = width_scales(
+        role,
+        optimizer=optimizer,
+        form=form,
+        alignment=pair[role.kind == "output"],
+        weight_decay_mode=weight_decay_mode,
+    )
+    lr, eps = depth_factors(depth, ratio, optimizer)
+    orthogonalised = optimizer == "muon" and role.kind == "hidden" and role.matrix
+    has_eps = optimizer in _EPS_OPTIMIZERS and not orthogonalised
+    return replace(
+        of_width,
+        lr=of_width.lr * lr,
+        weight_decay=of_width.weight_decay / (lr if weight_decay_mode == "constant_product" else 1.0),
+        eps=(of_width.eps if eps_scaling else 1.0) * eps if has_eps else 1.0,
+    )
 
 
 def _of_leaves(tree: Any, scales: Mapping[str, WidthScales]) -> list[WidthScales]:
