@@ -181,7 +181,12 @@ def test_every_preset_has_the_moments_and_distribution_of_direct_networks(x64, p
 
 def test_wide_deep_linear_networks_are_close_to_r1(x64):
     simulator = WidthSimulator(
-        20_000, **(BASE | {"depth": 2}), activation="identity", replicas=4, key=jax.random.key(0)
+        20_000,
+        **(BASE | {"depth": 2}),
+        activation="identity",
+        replicas=4,
+        key=jax.random.key(0),
+        devices=jax.devices()[:1],
     )
     run = simulator.fit(X, Y, 3)
     # Four standard errors and the bias, of order 1/n, and few replicas to estimate the error from.

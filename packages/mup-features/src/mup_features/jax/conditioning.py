@@ -17,7 +17,10 @@ from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from .width_sharding import spread
 
 Rows = Float[Array, "batch width"]
 Coefficients = Float[Array, "batch capacity"]
@@ -66,6 +69,10 @@ class RandomMatrix(Protocol):
         """The matrix after v <- momentum v + sum_j b_j x_j^T, W <- shrink W - rate v."""
         ...
 
+    def spread_over(self, mesh: Mesh | None) -> "RandomMatrix":
+        """The same matrix with its axis over the width cut into a part for each device."""
+        ...
+
 
 class DenseMatrix(NamedTuple):
     """The matrix itself: cheaper once more directions are met than a quarter of the width.
@@ -90,6 +97,10 @@ class DenseMatrix(NamedTuple):
         """The matrix after one step of SGD."""
         velocity = momentum * self.velocity + b.T @ x
         return DenseMatrix(shrink * self.weight - rate * velocity, velocity)
+
+    def spread_over(self, mesh: Mesh | None) -> "DenseMatrix":
+        """The same matrix, its rows spread over devices."""
+        return DenseMatrix(spread(self.weight, mesh, 0), spread(self.velocity, mesh, 0))
 
 
 class RevealedMatrix(NamedTuple):
@@ -136,6 +147,11 @@ class RevealedMatrix(NamedTuple):
         velocity = momentum * self.velocity + b.T @ x
         learned = shrink * self.learned - rate * velocity
         return self._replace(learned=learned, velocity=velocity, scale=shrink * self.scale)
+
+    def spread_over(self, mesh: Mesh | None) -> "RevealedMatrix":
+        """The same matrix, its bases spread over devices; what is small is not."""
+        qx, hx, qy, hy = (spread(basis, mesh) for basis in (self.qx, self.hx, self.qy, self.hy))
+        return self._replace(qx=qx, hx=hx, qy=qy, hy=hy)
 
     def _transposed(self) -> "RevealedMatrix":
         return RevealedMatrix(self.qy, self.hy, self.qx, self.hx, self.learned.T, self.velocity.T, self.scale)
@@ -189,6 +205,7 @@ def orthonormal_rest(basis: Float[Array, "capacity width"], rows: Rows) -> Rows:
         factor = jnp.linalg.cholesky(gram + shift * jnp.eye(len(rows)))
         # What is new of a row, beyond the shift and the rounding of its products.
         new = jnp.diag(factor) ** 2 > 2 * shift + 1e-13 * jnp.diag(gram)
-        rest = jax.scipy.linalg.solve_triangular(factor, rest, lower=True)
-        rest = jnp.where(new[:, None], rest, 0)
+        # Solving for the rows themselves would gather the whole width on every device.
+        inverse = jax.scipy.linalg.solve_triangular(factor, jnp.eye(len(rows)), lower=True)
+        rest = jnp.where(new[:, None], inverse @ rest, 0)
     return rest

@@ -10,11 +10,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from .activations import Elementwise
 from .conditioning import DenseMatrix, Draw, RevealedMatrix, Rows, dense_matrix, grown, revealed_matrix
 from .losses import Loss
+from .width_sharding import copied, spread
 
 __all__ = ["Network", "NetworkState", "Rates", "Start", "new_networks", "train_step", "with_room"]
 
@@ -30,6 +32,7 @@ class Network(NamedTuple):
         samples: N, the training inputs among the rows of a full pass; the others are test inputs.
         grams: whether to record Gram matrices of h and x and the change of h.
         signals: whether to record Gram matrices of b.
+        mesh: devices over which the width is spread; None for the default device.
     """
 
     phi: tuple[Elementwise, ...]
@@ -39,6 +42,7 @@ class Network(NamedTuple):
     samples: int
     grams: bool
     signals: bool
+    mesh: Mesh | None = None
 
 
 class Rates(NamedTuple):
@@ -120,7 +124,11 @@ def new_networks(
         start: moments of the initial weights.
         keys: one for each network.
     """
-    return jax.vmap(lambda key: _new(network, width, inputs, outputs, capacities, start, key))(keys)
+
+    def one(key: PRNGKeyArray) -> NetworkState:
+        return _laid_out(_new(network, width, inputs, outputs, capacities, start, key), network.mesh)
+
+    return jax.vmap(one)(keys)
 
 
 @partial(jax.jit, static_argnames=("network", "full"), donate_argnames=("states",))
@@ -155,7 +163,8 @@ def train_step(
     inside = batch if full else jnp.arange(len(batch))
 
     def one(state: NetworkState) -> tuple[NetworkState, dict[str, Array]]:
-        return _step(network, state, rows, inside, y, batch, rates, start, step, offsets, full)
+        state, record = _step(network, state, rows, inside, y, batch, rates, start, step, offsets, full)
+        return _laid_out(state, network.mesh), copied(record, network.mesh)
 
     return jax.vmap(one)(states)
 
@@ -164,6 +173,14 @@ def with_room(states: NetworkState, capacity_x: int, capacity_y: int) -> Network
     """The same networks with more room in their bases, which leading axes of replicas may precede."""
     hidden = tuple(grown(m, capacity_x, capacity_y) for m in states.hidden if isinstance(m, RevealedMatrix))
     return states._replace(hidden=hidden)
+
+
+def _laid_out(state: NetworkState, mesh: Mesh | None) -> NetworkState:
+    """The same network, its vectors cut along the width; the compiler lays out all between."""
+    vectors = {
+        name: spread(array, mesh) for name, array in state._asdict().items() if name not in ("hidden", "key")
+    }
+    return state._replace(hidden=tuple(matrix.spread_over(mesh) for matrix in state.hidden), **vectors)
 
 
 def _new(
@@ -211,7 +228,7 @@ def _step(
 ) -> tuple[NetworkState, dict[str, Array]]:
     """The step of one network; `inside` says where the batch is among the rows."""
     width = state.first.shape[1]
-    ahead, back = _draws(state, len(rows), len(batch), start, step, offsets)
+    ahead, back = _draws(network, state, len(rows), len(batch), start, step, offsets)
     h, x, coefficients, hidden = _forward(network, state, rows, ahead)
     f = x[-1] @ state.readout.T
     chi = network.loss.chi(f[inside], y[batch])
@@ -244,14 +261,20 @@ def _step(
 
 
 def _draws(
-    state: NetworkState, rows: int, batch: int, start: Start, step: Int[Array, ""], offsets: Int[Array, "2"]
+    network: Network,
+    state: NetworkState,
+    rows: int,
+    batch: int,
+    start: Start,
+    step: Int[Array, ""],
+    offsets: Int[Array, "2"],
 ) -> tuple[list[Draw], list[Draw]]:
     """What the products with W^2..W^L and with their transposes draw; all normals at once compile sooner."""
     matrices, width = len(state.hidden), state.first.shape[1]
     whole = any(isinstance(matrix, DenseMatrix) for matrix in state.hidden)
     count = 0 if whole else rows + batch
     normal = jax.random.normal(jax.random.fold_in(state.key, step), (matrices, count, width))
-    fresh = jnp.sqrt(start.variances[1:-1, None, None]) * normal
+    fresh = spread(jnp.sqrt(start.variances[1:-1, None, None]) * normal, network.mesh)
     ahead = [Draw(part[:rows], mean, offsets[0]) for part, mean in zip(fresh, start.means[1:-1], strict=True)]
     back = [Draw(part[rows:], mean, offsets[1]) for part, mean in zip(fresh, start.means[1:-1], strict=True)]
     return ahead, back

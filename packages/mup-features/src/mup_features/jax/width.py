@@ -8,6 +8,7 @@ Source: spec sections c1, c3 and c4.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from .losses import Reduction, SampleLoss
 from .network_step import Network, Rates, Start, new_networks, train_step, with_room
 from .run_plan import RECORDABLE, Data, batch_at, checked_count, checked_data, recorded_steps, settings
 from .trajectory import DivergedError, Trajectory
+from .width_sharding import mesh_over
 
 NAMES = {
     "f": ("f", "f_test", "loss"),
@@ -30,7 +32,7 @@ NAMES = {
 }
 
 AT_ONCE = 2**27
-"""Numbers in the hidden matrices of the replicas trained side by side: a gigabyte."""
+"""Numbers in the hidden matrices of the replicas trained side by side, on each device: a gigabyte."""
 
 __all__ = ["WidthSimulator"]
 
@@ -58,8 +60,11 @@ class WidthSimulator:
         momentum: in [0, 1).
         weight_decay: >= 0; a step multiplies weights by 1 - lr * weight_decay.
         replicas: R >= 1 independent networks, all with the same batches.
-        replicas_at_once: how many are trained side by side; None bounds their memory to about a gigabyte.
+        replicas_at_once: how many are trained side by side; None bounds their memory to about a gigabyte on
+            each device.
         conditioning: draw hidden matrices where they are looked at (True), whole (False), or as is cheaper.
+        devices: jax devices that share the neurons of each layer, an equal part each; None is the default
+            device. Numbers do not depend on it beyond the rounding of sums over the width.
         key: jax.random.key for weights and batches.
 
     Raises:
@@ -89,11 +94,16 @@ class WidthSimulator:
         replicas: int = 4,
         replicas_at_once: int | None = None,
         conditioning: bool | None = None,
+        devices: Sequence[Any] | None = None,
         key: PRNGKeyArray,
     ) -> None:
         checked_count("width", width, 1)
         if replicas_at_once is not None:
             checked_count("replicas_at_once", replicas_at_once, 1)
+        if devices is not None and (not devices or width % len(devices)):
+            raise ValueError(
+                f"width must be a multiple of the number of devices, got {width!r} and {len(devices)} devices"
+            )
         self.settings = settings(
             depth=depth,
             activation=activation,
@@ -111,7 +121,7 @@ class WidthSimulator:
             replicas=replicas,
         )
         self.width, self.conditioning, self.replicas_at_once = width, conditioning, replicas_at_once
-        self.key = key
+        self.devices, self.key = devices, key
 
     def fit(
         self,
@@ -168,6 +178,7 @@ class _Run:
             len(data.X),
             bool(record & {"K", "change"}),
             "G" in record,
+            mesh_over(simulator.devices),
         )
         self.names = [name for group in ("f", *sorted(record)) for name in NAMES[group]]
         self.dense = self._dense()
@@ -187,7 +198,8 @@ class _Run:
         """Keys of the replicas, in groups that are trained side by side."""
         width, matrices = self.simulator.width, max(1, self.settings.depth - 1)
         numbers = 2 * width * matrices * (width if self.dense else sum(self.totals))
-        at_once = self.simulator.replicas_at_once or max(1, AT_ONCE // numbers)
+        parts = 1 if self.simulator.devices is None else len(self.simulator.devices)
+        at_once = self.simulator.replicas_at_once or max(1, AT_ONCE * parts // numbers)
         keys = [jax.random.fold_in(self.replica_key, r) for r in range(self.settings.replicas)]
         return [jnp.stack(keys[k : k + at_once]) for k in range(0, len(keys), at_once)]
 
