@@ -79,13 +79,14 @@ def test_recording_leaves_parameters_statistics_random_states_and_flags_alone(X)
     assert int(net.drop.rngs.count[...]) == count
 
 
-@pytest.mark.parametrize("kind", ["snapshot", "model"])
-def test_a_reference_makes_light_snapshots_comparable(X, kind):
+@pytest.mark.parametrize(("kind", "passes"), [("snapshot", 3), ("model", 1), ("model", 5)])
+def test_a_reference_makes_light_snapshots_comparable(X, kind, passes):
     net, later = Net(), moved(Net())
     before = record_features(net, X, tag="init")
     kept = compare(before, record_features(later, X, tag="end"))
     reference = before if kind == "snapshot" else net
-    after = record_features(later, X, tag="end", reference=reference, keep_features=False)
+    options = {"keep_features": False, "passes": passes}
+    after = record_features(later, X, tag="end", reference=reference, **options)
     report = compare(record_features(net, X, keep_features=False), after)
     for name, expected in kept.measures.items():
         for measure in ("change", "joint_lambda_min", "cka"):

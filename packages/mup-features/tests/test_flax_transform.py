@@ -1,9 +1,5 @@
 """muP rates in optax: which factor meets which leaf, and the same training as in torch."""
 
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -206,44 +202,3 @@ def test_nnx_and_torch_train_alike_from_equal_weights(optimizer, form, x64):
     np.testing.assert_allclose(
         found, np.array(expected), rtol=1e-10, atol=1e-12
     )  # float64, other order of sums
-
-
-SHARDED = """
-import jax, numpy as np, jax.numpy as jnp, optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from mup_features.flax import mup_transform
-from mup_features.roles import Role
-
-mesh = Mesh(np.array(jax.devices()), ("model",))
-assert mesh.size == 2
-roles = {"enter.kernel": Role("input", fan_out_mult=4), "leave.kernel": Role("output", fan_in_mult=4)}
-transform = mup_transform(optax.adam(1e-2), roles, weight_decay=0.1, learning_rate=1e-2)
-
-@jax.jit
-def step(params, state):
-    def loss(p):
-        return jnp.mean((jnp.ones(3) @ p["enter"]["kernel"] @ p["leave"]["kernel"] - 1) ** 2)
-
-    updates, state = transform.update(jax.grad(loss)(params), state, params)
-    return optax.apply_updates(params, updates), state
-
-results = []
-for spec in (P(), P(None, "model")):
-    kernels = {"enter": np.linspace(-1, 1, 24, dtype="f").reshape(3, 8), "leave": np.ones((8, 2), "f")}
-    params = {k: {"kernel": jax.device_put(v, NamedSharding(mesh, spec))} for k, v in kernels.items()}
-    state = transform.init(params)
-    for _ in range(3):
-        params, state = step(params, state)
-    results.append(params["enter"]["kernel"])
-assert not results[1].is_fully_replicated
-np.testing.assert_allclose(results[1], results[0], rtol=1e-6)
-"""
-
-
-def test_sharded_parameters_train_as_on_one_device():
-    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr

@@ -6,34 +6,40 @@
     print(compare(before, after).to_markdown())
 
 The model is copied inside one jitted function, set to evaluation there, and watched by `capture`: the user's
-objects, statistics and random states stay as they are. Grams are summed in float64 by NumPy on the host,
-whatever `jax_enable_x64` says.
+objects, statistics and random states stay as they are.
+
+A layer's features leave the devices batch by batch and are held on the host until the loader has been gone
+over, samples x n in the model's precision; then they enter float64 sums by NumPy, 16 MB at a time, whatever
+`jax_enable_x64` says. `passes=k` goes over the loader k times and holds every k-th column each time: without
+kept features that is O(samples^2 + samples n / k) on the host for each layer, and on the devices what a
+forward pass needs. `max_features` puts a Gaussian sketch in the place of wider layers, on the devices.
+Parameters and batches may be sharded over devices in any way; if over several processes, all of them call
+this function with the same arguments.
 
 A weight layer (an nnx module that owns a parameter of two or more dimensions) takes post-activations in and
 puts pre-activations out; for any other module it is the other way round. Names say which: "fc2.input",
 "fc2.output".
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
-from numpy.typing import ArrayLike
+from jaxtyping import Float
 
+from mup_features.similarity import saturation_fraction
 from mup_features.snapshots import FeatureSnapshot, LayerFeatures, reference_features
+from mup_features.streaming import StreamingGram
 
-from .capture import capture, named_modules
+from ._runs import Reduce, Run, When, on_host
 from .tangent_kernels import empirical_ntk, ntk_change
 
-When = Literal["pre", "post", "both"]
-Reduce = Literal["flatten", "mean", "tokens"] | Callable[[Array], Array]
-
 __all__ = ["empirical_ntk", "ntk_change", "record_features"]
+
+Held = dict[str, list[np.ndarray]]
 
 
 def record_features(
@@ -48,6 +54,9 @@ def record_features(
     keep_features: bool = True,
     bounds: tuple[float, float] | None = None,
     forward: Callable[[Any, Any], Any] | None = None,
+    max_features: int | None = None,
+    seed: int = 0,
+    passes: int = 1,
 ) -> FeatureSnapshot:
     """Snapshot of the features of all samples that the loader yields.
 
@@ -67,173 +76,174 @@ def record_features(
             from the array to a matrix (samples, features).
         reference: an earlier snapshot that kept its features, or an earlier copy of the model, which then
             runs beside this one; the result can be compared with it although it keeps no features.
-        keep_features: keep the features in the snapshot.
+        keep_features: keep the features (or sketches) in the snapshot.
         bounds: range of the activation, to count saturated entries: (-1, 1) for tanh.
         forward: called with (model, batch). By default a batch is an array, a mapping of keyword arguments,
             or a sequence whose first entry is the input.
+        max_features: wider layers are replaced by a Gaussian sketch of so many columns as soon as they
+            appear. Inner products then have errors of 1 / sqrt(max_features) of the norms. None: no sketch.
+        seed: of the sketch, >= 0. The same seed gives the same sketch, whatever the batches and devices.
+        passes: how often the loader is gone over, >= 1; more take less memory.
 
     Raises:
-        ValueError: if the loader is empty, a pattern matches nothing, no layer was seen, a feature is not
-            finite, or the reference does not fit.
+        ValueError: if an option is out of range; the loader is empty, cannot be gone over `passes` times or
+            gives other samples then; a pattern matches nothing or no layer was seen; batches differ in
+            layers or features; a feature is not finite; or the reference does not fit.
         TypeError: if model is no nnx.Module.
     """
-    if when not in get_args(When):
-        raise ValueError(f"when must be 'pre', 'post' or 'both', got {when!r}")
-    if not callable(reduce) and reduce not in ("flatten", "mean", "tokens"):
-        raise ValueError(f"reduce must be 'flatten', 'mean', 'tokens' or a function, got {reduce!r}")
-    runs = [_Run(m, layers, when, reduce, forward or _default_forward) for m in _models(model, reference)]
+    _validate(when, reduce, bounds, max_features, seed, passes)
     batches = [loader] if hasattr(loader, "ndim") else loader
-    held: list[dict[str, list[np.ndarray]]] = [{} for _ in runs]
-    keys = []
-    for batch in batches:
-        for run, features in zip(runs, held, strict=True):
-            for name, matrix in run(batch).items():
-                features.setdefault(name, []).append(matrix)
-        keys.append(_sample_keys(batch))
-    if not keys:
-        raise ValueError("loader must yield at least one batch, got none")
-    if not held[0]:
+    if passes > 1 and iter(batches) is batches:
+        raise ValueError(f"loader must be iterable {passes} times (passes), got an iterator")
+    sketch = {"max_features": max_features, "seed": seed}
+    models = [model] if reference is None or isinstance(reference, FeatureSnapshot) else [model, reference]
+    runs = [Run(m, layers, when, reduce, forward, passes=passes, **sketch) for m in models]
+    total: dict[str, _Layer] = {}
+    keys: np.ndarray | None = None
+    for index in range(passes):
+        held, found = _pass(runs, batches, index)
+        if keys is not None and not (keys.shape == found.shape and np.allclose(keys, found, equal_nan=True)):
+            raise ValueError("loader must give the same samples in each pass, got others (shuffled?)")
+        keys = found
+        for name in list(held[0]):
+            A = _whole(held[0], name)
+            if isinstance(reference, FeatureSnapshot):
+                A0 = _of_snapshot(reference, name, runs[0], len(A))[:, index::passes]
+            else:
+                A0 = None if reference is None else _whole(held[1], name)
+            if name not in total:
+                total[name] = _Layer(name, bounds, len(A), compared=A0 is not None)
+            total[name].add(A, A0, keep=keep_features)
+    if keys is None or not total:
         raise ValueError(f"layers must be called outside of nnx transforms, of {layers!r} none is")
-    found = {}
-    for name, parts in held[0].items():
-        A0 = None
-        if isinstance(reference, FeatureSnapshot):
-            A0 = reference_features(reference, name)
-        elif reference is not None:
-            A0 = np.concatenate(_of_reference(held[1], name))
-        A = np.concatenate(parts)
-        if not np.isfinite(A).all():
-            raise ValueError(f"features of layer {name!r} must be finite, got some that are not")
-        if A0 is not None and A0.shape != A.shape:
-            raise ValueError(f"reference of layer {name!r} must have shape {A.shape}, got {A0.shape}")
-        found[name] = LayerFeatures.from_features(A, A0, keep=keep_features, bounds=bounds)
     metadata = {
         "framework": f"jax {jax.__version__}",
         "layers": layers if isinstance(layers, str) else list(layers),
         "when": when,
         "reduce": reduce if isinstance(reduce, str) else "function",
+        **sketch,
     }
-    return FeatureSnapshot(tag, found, np.concatenate(keys), metadata)
+    finished = {name: layer.finished(runs[0]) for name, layer in total.items()}
+    return FeatureSnapshot(tag, finished, keys, metadata)
 
 
-class _Run:
-    """One model as a jitted function from a batch to the matrices of its layers."""
-
-    def __init__(
-        self,
-        model: nnx.Module,
-        layers: str | Sequence[str],
-        when: When,
-        reduce: Reduce,
-        forward: Callable[[Any, Any], Any],
-    ) -> None:
-        modules = named_modules(model)
-        self.names = _chosen(modules, layers)
-        self.weighted = {name for name in modules if _is_weight_layer(modules[name])}
-        self.auto, self.when, self.forward = layers == "auto", when, forward
-        self.reduce: Reduce = reduce
-        self.graph, self.state = nnx.split(model)
-        # Keys in the order of the calls, known once the function was traced; jit sorts dictionaries.
-        self.order: list[str] = []
-        self.jitted = jax.jit(self._traced)
-
-    def __call__(self, batch: Any) -> dict[str, np.ndarray]:
-        matrices = self.jitted(self.state, batch)
-        return {key: np.asarray(matrices[key]) for key in self.order}
-
-    def _traced(self, state: Any, batch: Any) -> dict[str, Array]:
-        model = nnx.merge(self.graph, state)
-        model.eval()
-        found: dict[str, Array] = {}
-        calls: dict[str, int] = {}
-        # Inputs that were seen; holding them keeps their identities unique.
-        seen: dict[int, Any] = {}
-        progress = {"computed": False, "last": ""}
-
-        def report(name: str, module: nnx.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001
-            calls[name] = calls.get(name, 0) + 1
-            again = "" if calls[name] == 1 else f"#{calls[name]}"
-            weighted = name in self.weighted
-            value, before = _main_array(args), progress["computed"]
-            if value is not None and self.when in ("post" if weighted else "pre", "both"):
-                skipped = self.auto and (id(value) in seen or not before)
-                seen[id(value)] = value
-                if not skipped:
-                    found[f"{name}.input{again}"] = _as_matrix(value, self.reduce)
-            progress["computed"] = before or weighted
-            value = _main_array(output)
-            if value is not None and self.when in ("pre" if weighted else "post", "both"):
-                progress["last"] = f"{name}.output{again}"
-                found[progress["last"]] = _as_matrix(value, self.reduce)
-
-        with capture(model, report, self.names):
-            self.forward(model, batch)
-        if self.auto:
-            found.pop(progress["last"], None)
-        self.order = list(found)
-        return found
+def _pass(runs: Sequence[Run], batches: Iterable[Any], index: int) -> tuple[list[Held], np.ndarray]:
+    """Columns of pass `index` of every model, batch by batch, and a key for each sample."""
+    held: list[Held] = [{} for _ in runs]
+    keys = []
+    for batch in batches:
+        for run, features in zip(runs, held, strict=True):
+            for name, columns in run(batch, index).items():
+                features.setdefault(name, []).append(columns)
+        keys.append(_sample_keys(batch))
+    if not keys:
+        raise ValueError("loader must yield at least one batch, got none")
+    return held, np.concatenate(keys)
 
 
-def _models(model: nnx.Module, reference: FeatureSnapshot | nnx.Module | None) -> list[nnx.Module]:
-    return [model, *([] if reference is None or isinstance(reference, FeatureSnapshot) else [reference])]
+@dataclass
+class _Layer:
+    """Sums over the columns of one layer, pass by pass."""
+
+    name: str
+    bounds: tuple[float, float] | None
+    samples: int
+    compared: bool
+    sums: StreamingGram = field(init=False)
+    dead: int = 0
+    saturated: float = 0.0
+    kept: list[np.ndarray] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.sums = StreamingGram(self.samples, reference=self.compared)
+
+    def add(self, A: Float[np.ndarray, "samples columns"], A0: np.ndarray | None, *, keep: bool) -> None:
+        """Adds the columns of one pass."""
+        if not np.isfinite(A).all():
+            raise ValueError(f"features of layer {self.name!r} must be finite, got some that are not")
+        if A0 is not None and A0.shape != A.shape:
+            raise ValueError(f"reference of layer {self.name!r} must have shape {A.shape}, got {A0.shape}")
+        self.sums.update(A, A0)
+        self.dead += int((~A.any(0)).sum())
+        if self.bounds is not None and A.size:
+            self.saturated += saturation_fraction(A, *self.bounds) * A.shape[1]
+        if keep:
+            self.kept.append(A)
+
+    def finished(self, run: Run) -> LayerFeatures:
+        """The layer after the last pass."""
+        sums, sketched = self.sums, run.sketched(self.name)
+        against = {}
+        if self.compared:
+            against = {
+                "cross": sums.cross(),
+                "displacement": sums.displacement(),
+                "reference_squares": np.diag(sums.reference_gram()).copy(),
+            }
+        return LayerFeatures(
+            gram=sums.gram(),
+            width=run.widths[self.name],
+            features=self._in_order() if self.kept else None,
+            sketch=sums.features if sketched else None,
+            dead=None if sketched else self.dead / sums.features,
+            saturated=None if sketched or self.bounds is None else self.saturated / sums.features,
+            **against,
+        )
+
+    def _in_order(self) -> Float[np.ndarray, "samples features"]:
+        passes = len(self.kept)
+        if passes == 1:
+            return self.kept[0]
+        whole = np.empty((self.samples, self.sums.features), self.kept[0].dtype)
+        for index, columns in enumerate(self.kept):
+            whole[:, index::passes] = columns
+        return whole
 
 
-def _chosen(modules: Mapping[str, nnx.Module], layers: str | Sequence[str]) -> list[str]:
-    if layers == "auto":
-        found = [name for name, module in modules.items() if _is_weight_layer(module)]
-        if not found:
-            raise ValueError("layers='auto' needs a module with a parameter of 2 or more axes, got none")
-        return found
-    patterns = [layers] if isinstance(layers, str) else list(layers)
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in modules):
-            raise ValueError(f"layers must match modules of the model, {pattern!r} matches none")
-    return [name for name in modules if any(fnmatchcase(name, pattern) for pattern in patterns)]
+def _of_snapshot(reference: FeatureSnapshot, name: str, run: Run, samples: int) -> np.ndarray:
+    """All features of a layer that the reference kept."""
+    stored = reference_features(reference, name)
+    if stored.shape != (samples, run.dimension(name)):
+        expected = (samples, run.dimension(name))
+        raise ValueError(f"reference of layer {name!r} must have shape {expected}, got {stored.shape}")
+    if run.sketched(name) and reference.metadata.get("seed") != run.seed:
+        raise ValueError(
+            f"reference of layer {name!r} must be a sketch of seed {run.seed}, got seed "
+            f"{reference.metadata.get('seed')!r}"
+        )
+    return stored
 
 
-def _is_weight_layer(module: nnx.Module) -> bool:
-    own = [value for value in vars(module).values() if isinstance(value, nnx.Param)]
-    return callable(module) and any(np.ndim(value[...]) >= 2 for value in own)
-
-
-def _default_forward(model: Any, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(batch[0] if isinstance(batch, tuple | list) else batch)
-
-
-def _main_array(value: Any) -> Array | None:
-    """The first floating-point array with a sample axis in what a module takes or returns."""
-    leaves = jax.tree.leaves(value)
-    usable = (leaf for leaf in leaves if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating))
-    return next((leaf for leaf in usable if leaf.ndim), None)
-
-
-def _as_matrix(value: Array, reduce: Reduce) -> Float[Array, "samples features"]:
-    """One row for each sample; half precision becomes float32, which is exact."""
-    if callable(reduce):
-        matrix = reduce(value)
-        if jnp.ndim(matrix) != 2:
-            raise ValueError(f"reduce must return an array (samples, features), got {jnp.shape(matrix)}")
-    elif value.ndim <= 2 or reduce == "flatten":
-        matrix = value.reshape(len(value), -1)
-    elif reduce == "mean":
-        # In float32 at least: a sum of many bfloat16 numbers stops growing.
-        wide = value.astype(jnp.promote_types(value.dtype, jnp.float32))
-        matrix = wide.mean(tuple(range(1, value.ndim - 1)))
-    else:
-        matrix = value.reshape(-1, value.shape[-1])
-    return matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
-
-
-def _of_reference(held: Mapping[str, list[np.ndarray]], name: str) -> list[np.ndarray]:
+def _whole(held: Held, name: str) -> Float[np.ndarray, "samples columns"]:
+    """All rows of a layer; the batches are let go."""
     if name not in held:
         raise ValueError(f"reference must call layer {name!r} as the model does")
-    return held[name]
+    return np.concatenate(held.pop(name))
 
 
 def _sample_keys(batch: Any) -> Float[np.ndarray, " samples"]:
     """One number for each sample: its first input against fixed weights that tell entries apart."""
-    first: ArrayLike = jax.tree.leaves(batch)[0]
-    flat = np.asarray(first).reshape(len(np.asarray(first)), -1).astype(np.float64)
+    first = on_host(jax.tree.leaves(batch)[0])
+    flat = first.reshape(len(first), -1).astype(np.float64)
     return flat @ np.cos(np.arange(flat.shape[1]))
+
+
+def _validate(
+    when: str,
+    reduce: Reduce,
+    bounds: tuple[float, float] | None,
+    max_features: int | None,
+    seed: int,
+    passes: int,
+) -> None:
+    if when not in get_args(When):
+        raise ValueError(f"when must be 'pre', 'post' or 'both', got {when!r}")
+    if not callable(reduce) and reduce not in ("flatten", "mean", "tokens"):
+        raise ValueError(f"reduce must be 'flatten', 'mean', 'tokens' or a function, got {reduce!r}")
+    if bounds is not None and not bounds[0] < bounds[1]:
+        raise ValueError(f"bounds must be (low, high) with low < high, got {bounds!r}")
+    if max_features is not None and max_features < 1:
+        raise ValueError(f"max_features must be >= 1 or None, got {max_features!r}")
+    for name, value, least in (("seed", seed, 0), ("passes", passes, 1)):
+        if value < least:
+            raise ValueError(f"{name} must be >= {least}, got {value!r}")
