@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import jax
 import numpy as np
+import torch
 from data_sets import load
-from networks import Moment, side_by_side, train
+from networks import gram_matrices, side_by_side, train
 from sizes import Schemes
 from stage import float64
 
 from mup_features.jax import InfiniteWidthMLP
 from mup_features.similarity import change, relative_frobenius_change
-from mup_features.spectra import eigenvalue_floor, gram, lambda_min
+from mup_features.spectra import eigenvalue_floor, lambda_min
 from tenfold_tools.claims import Number, Run
 from tenfold_tools.stats import loglog_slope
 
@@ -67,14 +68,14 @@ class Measures:
 def at(run: Run, size: Schemes) -> Measures:
     """The measures of a run; C1, C2 and C3 share them."""
     X, Y = load(size.data)
-    jobs = [(scheme, width) for width in size.widths for scheme in LR]
+    # the widest first: those that are left for the last core to finish are then short
+    jobs = [(scheme, width, seed) for width in reversed(size.widths) for scheme in LR for seed in run.seeds]
+    made = side_by_side(partial(_network, run, size, X, Y), jobs, run.device)
+    networks = dict(zip(run.track(jobs, "networks"), made, strict=True))
     found = {
-        job: [
-            made
-            for group in side_by_side(run.seeds, job[1], size.depth)
-            for made in _networks(run, size, *job, X, Y, group)
-        ]
-        for job in run.track(jobs, "schemes and widths")
+        (scheme, width): [networks[scheme, width, seed] for seed in run.seeds]
+        for width in size.widths
+        for scheme in LR
     }
     tables = {
         name: {
@@ -83,7 +84,7 @@ def at(run: Run, size: Schemes) -> Measures:
         }
         for name in ("change", "lambda_min", "joint")
     }
-    courses = {job: Course(*np.stack([one.course for one in made], axis=-1)) for job, made in found.items()}
+    courses = {job: Course(*np.stack([one.course for one in same], axis=-1)) for job, same in found.items()}
     limits, limit_course = _limits(run, size, *size.limit, X, Y) if size.limit else ({}, None)
     moved = float(np.mean([one.displacement for one in found["ip", size.widths[-1]]]))
     return Measures(
@@ -105,9 +106,8 @@ class _Network:
     course: np.ndarray  # [3, points]
 
 
-def _networks(
-    run: Run, size: Schemes, scheme: str, width: int, X: np.ndarray, Y: np.ndarray, seeds: tuple[int, ...]
-) -> list[_Network]:
+def _network(run: Run, size: Schemes, X: np.ndarray, Y: np.ndarray, job: tuple[str, int, int]) -> _Network:
+    scheme, width, seed = job
     points = set(_points(size).tolist())
     moments = train(
         scheme,
@@ -117,33 +117,25 @@ def _networks(
         depth=size.depth,
         lr=LR[scheme],
         steps=size.steps,
-        seeds=seeds,
+        seed=seed,
         device=run.device,
     )
-    kept = [_last_layer(moment) for moment in moments if moment.step in points]
-    found = []
-    for own in range(len(seeds)):
-        h, x, losses = zip(*((h[own], x[own], loss[own]) for h, x, loss in kept), strict=True)
-        grams = [gram(features) for features in x]
-        course = [
-            losses,
-            [change(later, h[0]) for later in h],
-            [relative_frobenius_change(grams[0], later) for later in grams],
-        ]
-        found.append(
-            _Network(
-                change(h[-1], h[0]),
-                change(h[-1], h[0], relative=False),
-                _smallest(grams[-1]),
-                _smallest(gram(np.concatenate([h[0], h[-1]]))),
-                np.array(course),
-            )
-        )
-    return found
-
-
-def _last_layer(moment: Moment) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return tuple(part.cpu().numpy() for part in (moment.h[-1], moment.x[-1], moment.loss))  # type: ignore[return-value]
+    kept = [(moment.loss, moment.h[-1], moment.x[-1]) for moment in moments if moment.step in points]
+    losses, h, x = zip(*kept, strict=True)
+    pre = [features.cpu().numpy() for features in h]
+    grams = gram_matrices(torch.stack(x))
+    course = [
+        losses,
+        [change(later, pre[0]) for later in pre],
+        [relative_frobenius_change(grams[0], later) for later in grams],
+    ]
+    return _Network(
+        change(pre[-1], pre[0]),
+        change(pre[-1], pre[0], relative=False),
+        _smallest(grams[-1]),
+        _smallest(gram_matrices(torch.cat([h[0], h[-1]]))),
+        np.array(course),
+    )
 
 
 def _points(size: Schemes) -> np.ndarray:

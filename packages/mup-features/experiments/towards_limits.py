@@ -30,6 +30,8 @@ def from_kernels(
     """
     # The reference values of the two points add up over samples; digits are averaged.
     reduction, count = ("sum", 1) if size.data == "two points" else ("mean", len(Y))
+    with float64():
+        descents = {name: KernelGD(theta, lr=size.lr / count) for name, theta in kernels.items()}
     rows = {name: np.zeros((len(size.widths), size.seeds)) for name in kernels}
     for row, width in enumerate(run.track(size.widths, scheme)):
         made = paths(
@@ -44,13 +46,19 @@ def from_kernels(
             reduction=reduction,
             device=run.device,
         )
-        with float64():
-            for name, theta in kernels.items():
-                descent = KernelGD(theta, lr=size.lr / count)
-                for network, f in enumerate(made.f):
-                    expected = np.asarray(descent.predict(Y, size.steps, f0=f[0]).train)
-                    rows[name][row, network] = np.sqrt(((f[-1] - expected) ** 2).mean())
+        for name, descent in descents.items():
+            expected = _descended(descent, Y, size.steps, made.f[:, 0])
+            rows[name][row] = np.sqrt(((made.f[:, -1] - expected) ** 2).mean(axis=(1, 2)))
     return rows
+
+
+def _descended(descent: KernelGD, Y: np.ndarray, steps: int, f0: np.ndarray) -> np.ndarray:
+    """Outputs of kernel descent from those of each network, [networks, N, C]."""
+    # Outputs do not meet in kernel descent: those of all networks are columns of one problem.
+    networks, samples, outputs = f0.shape
+    with float64():
+        made = descent.predict(np.tile(Y, networks), steps, f0=f0.swapaxes(0, 1).reshape(samples, -1))
+    return np.asarray(made.train).reshape(samples, networks, outputs).swapaxes(0, 1)
 
 
 def slope_of_rmse(
@@ -61,14 +69,14 @@ def slope_of_rmse(
     Networks of different widths have nothing in common, so that there is no slope of a single seed for a
     t-interval; each width is resampled on its own.
     """
-    rng = np.random.default_rng(0)
-
-    def fit(values: np.ndarray) -> float:
-        return float(np.polyfit(np.log(widths), 0.5 * np.log((values**2).mean(axis=1)), 1)[0])
-
-    resampled = [
-        fit(np.stack([row[rng.integers(0, len(row), len(row))] for row in rows])) for _ in range(RESAMPLES)
-    ]
-    low, high = np.quantile(resampled, [0.025, 0.975])
-    value = fit(rows)
+    networks, rng = rows.shape[1], np.random.default_rng(0)
+    drawn = rng.integers(0, networks, (RESAMPLES, *rows.shape))
+    resampled = np.take_along_axis(np.broadcast_to(rows, drawn.shape), drawn, axis=-1)
+    low, high = np.quantile(_slopes(widths, resampled), [0.025, 0.975])
+    value = float(_slopes(widths, rows[None])[0])
     return Number(name, value, min(low, value), max(high, value))
+
+
+def _slopes(widths: tuple[int, ...], rows: np.ndarray) -> np.ndarray:
+    """Slope of log RMSE over log width of each set, [sets, widths, networks]."""
+    return np.polyfit(np.log(widths), 0.5 * np.log((rows**2).mean(axis=-1)).T, 1)[0]
