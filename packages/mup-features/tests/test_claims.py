@@ -290,18 +290,12 @@ def test_a_bound_below_the_loss_or_none_at_all_fails_c5(module, claims, sized, m
     assert verdicts(play(claims["C5"]), "share of steps") == [Verdict.FAIL]
 
 
-def test_c5_takes_its_images_at_the_full_scale_and_large_networks_one_by_one(
-    module, claims, sized, images, monkeypatch
-):
+def test_c5_takes_its_images_at_the_full_scale(claims, sized, images):
     sized("MINIMUM", "full", like="full", widths=(64, 96), steps=2)
-    together = play(claims["C5"], "full", count=3)
-    networks = module.paths.__globals__
-    monkeypatch.setitem(networks, "AT_ONCE", 1)
-    assert networks["side_by_side"]((5, 6, 7), 64, 3) == [(5,), (6,), (7,)]
-    apart = play(claims["C5"], "full", count=3)
-    # one network or three in a batched product: sums in another order
-    for name, value in values(together).items():
-        assert values(apart)[name] == pytest.approx(value, rel=1e-9)
+    found = play(claims["C5"], "full", count=3)
+    for width in (64, 96):
+        assert len(verdicts(found, f"width {width}")) == 3
+        assert verdicts(found, "share of steps", f"width {width}") == [Verdict.PASS]
 
 
 @pytest.mark.slow  # compiles the limit
@@ -335,6 +329,34 @@ def test_wide_networks_follow_their_own_kernel(module, claims, sized, monkeypatc
         ),
     )
     assert verdicts(play(claims["C7"]), "other scheme's kernel") == [Verdict.FAIL] * 2
+
+
+def test_each_network_is_held_against_descent_from_its_own_outputs(module):
+    rng = np.random.default_rng(0)
+    X, Y, root = (rng.standard_normal((3, columns)) for columns in (4, 2, 3))
+    theta, run = root @ root.T, harness.Run("laptop", (700,))
+    size = replace(module.KERNEL["laptop"], widths=(8, 12), seeds=3, steps=4, depth=1, lr=0.3)
+    rows = module.from_kernels(run, size, "ntp", {"ours": theta}, X, Y)["ours"]
+    common = {"depth": 1, "lr": 0.3, "steps": 4, "reduction": "mean", "device": "cpu"}
+    left = np.linalg.matrix_power(np.eye(3) - 0.3 / 3 * theta, 4)
+    for row, width in enumerate(size.widths):
+        made = module.paths("ntp", width, X, Y, seeds=module.own_seeds(run, row, 3), **common)
+        for network, f in enumerate(made.f):
+            distance = np.sqrt(((f[-1] - Y - left @ (f[0] - Y)) ** 2).mean())
+            assert rows[row, network] == pytest.approx(distance, rel=1e-12)  # sums in another order
+
+
+def test_the_interval_of_a_slope_resamples_the_networks_of_each_width_on_its_own(module):
+    widths, rows = (16, 64, 256), np.random.default_rng(1).random((3, 7)) / np.array([[4.0], [8.0], [16.0]])
+    rng = np.random.default_rng(0)
+    slopes = []
+    for _ in range(999):
+        drawn = np.stack([row[rng.integers(0, 7, 7)] for row in rows])
+        slopes.append(np.polyfit(np.log(widths), np.log(np.sqrt((drawn**2).mean(axis=1))), 1)[0])
+    found = module.slope_of_rmse(widths, rows)
+    assert (found.low, found.high) == pytest.approx(np.quantile(slopes, [0.025, 0.975]), rel=1e-9)
+    rmse = np.sqrt((rows**2).mean(axis=1))
+    assert found.value == pytest.approx(np.polyfit(np.log(widths), np.log(rmse), 1)[0], rel=1e-9)
 
 
 @pytest.mark.slow  # kernels of 32 samples by quadrature
