@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from nnx_models import Residual
+from nnx_models import Residual, drawn
 
 from mup_features.flax import infer_roles, init_rescale, mup_transform, residual_scale
 from mup_features.roles import Role
@@ -140,10 +140,10 @@ def test_nnx_and_torch_train_a_residual_net_alike(case, x64):
     rate, eps, sgd = 0.02, 1e-2, make_inner is momentum
     decay, optimizer = (0.0, "sgd") if sgd else (0.1, "adam")
     theirs, their_roles, forward = torch_residual(torch, residual_scale(LAYERS, BASE_LAYERS, depth))
-    ours = Residual(WIDTH, LAYERS, 1.0, nnx.Rngs(0), jnp.float64)
+    ours = drawn(lambda: Residual(WIDTH, LAYERS, 1.0, nnx.Rngs(0), jnp.float64))
     base = nnx.eval_shape(lambda: Residual(BASE_WIDTH, LAYERS, 1.0, nnx.Rngs(0)))
     roles = infer_roles(ours, base)
-    init_rescale(ours, roles, init="fan_in")
+    init_rescale(ours, roles, rescale=False)
     for name, linear in theirs.named_modules():
         if isinstance(linear, torch.nn.Linear):
             mine = ours.blocks[int(name[7:])] if name.startswith("blocks") else getattr(ours, name)

@@ -17,7 +17,7 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from nnx_models import MLP
+from nnx_models import MLP, drawn
 from precision import float64
 
 from mup_features.flax import mup_transform, record_features
@@ -48,16 +48,9 @@ def distance(found, expected):
     return max(np.abs(found.layers[name].gram - layer.gram).max() for name, layer in expected.layers.items())
 
 
-def drawn():
-    """A model whose values do not cost a compilation."""
-    rng = np.random.default_rng(1)
-    graph, state = nnx.split(nnx.eval_shape(lambda: MLP(16, nnx.Rngs(0), jnp.float64)))
-    return nnx.merge(graph, jax.tree.map(lambda leaf: jnp.array(rng.normal(size=leaf.shape) / 4), state))
-
-
 def gaps_of_features(mesh):
     """Distances of Grams from those on one device, by how they were taken."""
-    model = drawn()
+    model = drawn(lambda: MLP(16, nnx.Rngs(0), jnp.float64))
     options = {"when": "both", "layers": "auto"}
     plain = record_features(model, X, **options)
     sketched = record_features(model, X, max_features=10, **options)

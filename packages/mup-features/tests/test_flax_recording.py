@@ -5,6 +5,7 @@ import tracemalloc
 import numpy as np
 import pytest
 from flax import nnx
+from nnx_models import drawn
 
 from mup_features import metrics
 from mup_features.flax.features import record_features
@@ -20,7 +21,7 @@ def X():  # noqa: N802
 
 
 def net(width=n, seed=0):
-    return nnx.Linear(D, width, use_bias=False, rngs=nnx.Rngs(seed))
+    return drawn(lambda: nnx.Linear(D, width, use_bias=False, rngs=nnx.Rngs(0)), seed)
 
 
 def recorded(model, loader, **options):
@@ -34,9 +35,11 @@ def test_batches_and_passes_change_nothing_but_memory(X, passes):
     model.kernel[...] = model.kernel[...].at[:, :5].set(0.0).at[:, 7:11].multiply(1e3)
     whole = recorded(model, X, bounds=(-1.0, 1.0))
     parts = recorded(model, [X[:4], X[4:]], bounds=(-1.0, 1.0), passes=passes)
-    assert np.array_equal(parts.features, whole.features)
-    assert parts.gram == pytest.approx(whole.gram, rel=1e-13)  # float64, another order of sums
-    assert parts.gram == pytest.approx(metrics.gram(whole.features), rel=1e-13)
+    # float32: the size of a batch may change the order of its sums
+    assert parts.features == pytest.approx(whole.features, rel=1e-5, abs=1e-6)
+    for layer in (whole, parts):
+        # float64, another order of sums
+        assert layer.gram == pytest.approx(metrics.gram(layer.features), rel=1e-13)
     assert whole.dead == parts.dead == 5 / n
     assert whole.saturated == pytest.approx(parts.saturated, rel=1e-13)
     assert whole.saturated > 0.1
