@@ -7,17 +7,16 @@ descent: f_t - y = (I - lr Theta)^t (f_0 - y). These are the limits of the NTP a
 fixed kernel.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
-from .activations import Activation, Elementwise, resolve
-from .dual_activations import POINTS, dual, has_closed_form
+from .activations import Elementwise, resolve
+from .dual_activations import POINTS
+from .kernel_recursion import Kind, stacked_kernels
 
 KernelRegime = Literal["ntp", "sp"]
 
@@ -45,8 +44,9 @@ def nngp(
         w_std: standard deviation of the weights of layers 2..L+1, times root of width; > 0.
         b_std: standard deviation of the biases, >= 0.
         return_layers: give the list K^0, ..., K^L instead.
-        points: points per axis of the quadrature, for activations without closed form; even N = 1000 takes
-            minutes there at the default, since each pair of each layer is a two-dimensional integral.
+        points: points per axis of the quadrature, for activations without closed form that Mehler's series
+            does not give to rounding: those with kinks, or with variances above about 5 (tanh), 20 (SiLU).
+            It takes minutes at N = 1000, as each pair of each layer is a two-dimensional integral.
 
     Raises:
         ValueError: for bad shapes, values that are not finite, or arguments out of range.
@@ -246,10 +246,10 @@ def _kernels(
     w_std: float | tuple[float, ...],
     b_std: float,
     points: int,
-    kind: Literal["nngp", "ntk"],
+    kind: Kind,
     layers: bool,
 ) -> Float[Array, "layers n1 n2"]:
-    """Checks arguments, then runs the compiled recursion."""
+    """Checks arguments, then runs the recursion."""
     if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
         raise ValueError(f"depth must be an integer >= 1, got {depth!r}")
     if isinstance(points, bool) or not isinstance(points, int) or points < 3:
@@ -262,9 +262,7 @@ def _kernels(
     inputs = [_inputs("X1", X1)] + ([] if X2 is None else [_inputs("X2", X2)])
     if inputs[-1].shape[1] != inputs[0].shape[1]:
         raise ValueError(f"X2 must have {inputs[0].shape[1]} columns like X1, got {inputs[-1].shape[1]}")
-    known = resolve(activation)
-    run = _symmetric if X2 is None else _rectangular
-    return run(*inputs, jnp.asarray(stds, inputs[0].dtype), b_std, known, points, kind, layers)
+    return stacked_kernels(inputs, stds, float(b_std), resolve(activation), points, kind, layers)
 
 
 def _inputs(name: str, X: Float[ArrayLike, "n d"]) -> Float[Array, "n d"]:
@@ -275,110 +273,3 @@ def _inputs(name: str, X: Float[ArrayLike, "n d"]) -> Float[Array, "n d"]:
     if not bool(jnp.isfinite(X).all()):
         raise ValueError(f"{name} must be finite, got nan or inf among its entries")
     return X
-
-
-_STATIC = ("activation", "points", "kind", "layers")
-
-
-@partial(jax.jit, static_argnames=_STATIC)
-def _symmetric(X, stds, b_std, activation: Activation, points: int, kind: str, layers: bool):
-    """The recursion on the upper triangle of tiles; the diagonal, where u = v, is exact."""
-    count, size = len(X), _tile(activation, points)
-    padded, tiles = _pad(X, size)
-    step = _recursion(stds, b_std, dual(activation, points), kind, layers)
-    variances, diagonal = _variances(padded, stds, b_std, activation, points, step)
-    upper = jnp.stack(jnp.triu_indices(tiles), axis=1)
-    blocks = jax.lax.map(_tile_kernel(padded, variances, padded, variances, size, step), upper)
-    depth = blocks.shape[1]
-    whole = jnp.zeros((tiles, tiles, depth, size, size), blocks.dtype)
-    whole = whole.at[upper[:, 1], upper[:, 0]].set(blocks.swapaxes(-1, -2))
-    whole = whole.at[upper[:, 0], upper[:, 1]].set(blocks)
-    whole = whole.transpose(2, 0, 3, 1, 4).reshape(depth, tiles * size, tiles * size)[:, :count, :count]
-    # A diagonal tile is computed on both sides of its diagonal; keep the upper one.
-    whole = jnp.triu(whole, 1) + jnp.triu(whole, 1).swapaxes(-1, -2)
-    return whole + jax.vmap(jnp.diag)(diagonal[:, :count])
-
-
-@partial(jax.jit, static_argnames=_STATIC)
-def _rectangular(X1, X2, stds, b_std, activation: Activation, points: int, kind: str, layers: bool):
-    """The recursion on all pairs of a row of X1 and a row of X2."""
-    size = _tile(activation, points)
-    (rows, row_tiles), (columns, column_tiles) = _pad(X1, size), _pad(X2, size)
-    step = _recursion(stds, b_std, dual(activation, points), kind, layers)
-    row_variances, _ = _variances(rows, stds, b_std, activation, points, step)
-    column_variances, _ = _variances(columns, stds, b_std, activation, points, step)
-    grid = jnp.stack(jnp.divmod(jnp.arange(row_tiles * column_tiles), column_tiles), axis=1)
-    blocks = jax.lax.map(_tile_kernel(rows, row_variances, columns, column_variances, size, step), grid)
-    blocks = blocks.reshape(row_tiles, column_tiles, -1, size, size).transpose(2, 0, 3, 1, 4)
-    return blocks.reshape(-1, row_tiles * size, column_tiles * size)[:, : len(X1), : len(X2)]
-
-
-def _tile(activation: Activation, points: int) -> int:
-    """Side of the square of pairs computed at once: 2^16 pairs, or 2^21 nodes of quadrature."""
-    if has_closed_form(activation):
-        return 256
-    return max(1, int((2**21 / points**2) ** 0.5))
-
-
-def _pad(X: Float[Array, "n d"], size: int) -> tuple[Float[Array, "padded d"], int]:
-    """Zero rows to a whole number of tiles, and how many tiles."""
-    tiles = -(-len(X) // size)
-    return jnp.pad(X, ((0, tiles * size - len(X)), (0, 0))), tiles
-
-
-Recursion = Callable[[Array, Array, Array], Array]
-
-
-def _recursion(stds: Array, b_std: float, duals, kind: str, layers: bool) -> Recursion:
-    """Function of variances [L, rows, 1], [L, 1, columns] and K^0 that gives the kernels, stacked first."""
-
-    def run(a: Array, b: Array, K: Array) -> Array:
-        def layer(carry, inputs):
-            K, terms = carry
-            a, b, std, index = inputs
-            value, slope = duals(a, b, K)
-            K = std**2 * value + b_std**2
-            if kind == "nngp":
-                terms = terms.at[index].set(K) if layers else K[None]
-            elif layers:
-                terms = (terms * std**2 * slope).at[index].set(K)
-            else:
-                terms = terms * std**2 * slope + K
-            return (K, terms), None
-
-        depth = len(stds)
-        terms = jnp.zeros((depth + 1 if layers else 1, *K.shape), K.dtype).at[0].set(K)
-        (_, terms), _ = jax.lax.scan(layer, (K, terms), (a, b, stds, 1 + jnp.arange(depth)))
-        return terms
-
-    return run
-
-
-def _variances(
-    X: Array, stds: Array, b_std: float, activation: Activation, points: int, recursion: Recursion
-) -> tuple[Float[Array, "L n"], Float[Array, "layers n"]]:
-    """Variances that enter layers 1..L, and the diagonals of the kernels."""
-    duals = dual(activation, points)
-
-    def layer(q, std):
-        return std**2 * duals(q, q, q)[0] + b_std**2, q
-
-    start = jnp.sum(X**2, axis=1)
-    _, entering = jax.lax.scan(layer, start, stds)
-    return entering, recursion(entering, entering, start)
-
-
-def _tile_kernel(rows, row_variances, columns, column_variances, size: int, recursion: Recursion):
-    """Function of a pair of tile numbers that gives the kernels there."""
-
-    def tile(index: Array) -> Array:
-        def part(array: Array, k: Array, axis: int) -> Array:
-            return jax.lax.dynamic_slice_in_dim(array, k * size, size, axis)
-
-        K = part(rows, index[0], 0) @ part(columns, index[1], 0).T
-        a = part(row_variances, index[0], 1)[:, :, None]
-        b = part(column_variances, index[1], 1)[:, None, :]
-        a, b = (jnp.broadcast_to(v, (len(v), size, size)) for v in (a, b))
-        return recursion(a, b, K)
-
-    return tile
