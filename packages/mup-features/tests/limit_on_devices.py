@@ -23,7 +23,8 @@ def main(path: str) -> None:
         two = model.fit(X, Y, 4, X_test=[[0.1, 0.2]])
         state = model.state
         assert state is not None
-        parts = {len(matrix.x.q.sharding.device_set) for matrix in state.replicas[0].matrices}
+        held = [block for matrix in state.replicas[0].matrices for block in (*matrix.x.q, *matrix.y.g)]
+        parts = {len(block.sharding.device_set) for block in held}
         half = limit(**options, devices=devices)
         half.fit(X, Y, 2, X_test=[[0.1, 0.2]], save_to=path)
         taken = limit(**options)

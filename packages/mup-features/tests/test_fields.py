@@ -7,14 +7,8 @@ import pytest
 from scipy.special import ndtr
 from scipy.stats import kstest, qmc
 
-from mup_features.jax.fields import (
-    FieldSource,
-    _direction_numbers,
-    _sobol_normal,
-    inverse_transpose,
-    match_moments,
-    mean_products,
-)
+from mup_features.jax.columns import inverse_transpose, mean_products
+from mup_features.jax.fields import FieldSource, _direction_numbers, _sobol_normal, match_moments
 
 KEY = jax.random.key(0)
 
@@ -121,6 +115,8 @@ def test_moment_matched_fields_do_not_depend_on_those_drawn_after_them(x64):
     first = match_moments(source.draw(0, 4), ())
     then = match_moments(source.draw(4, 5), (first,))
     np.testing.assert_allclose(together, jnp.concatenate([first, then], axis=1), atol=1e-12)
+    part = match_moments(source.draw(4, 5), (first,), 2)
+    np.testing.assert_allclose(part, then * (np.arange(5) < 2), atol=1e-15)
 
 
 def test_inverse_transpose_is_what_it_says(x64):

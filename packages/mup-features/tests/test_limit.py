@@ -57,12 +57,8 @@ def test_the_identity_is_exact_for_several_outputs_and_every_step(x64):
 
 @pytest.mark.parametrize("depth", [2, 3])
 def test_without_the_mean_derivative_r1_fails(x64, monkeypatch, depth):
-    known = products._known
-
-    def without(q, g, far_q, far_g, *rest):
-        return known(q, g, far_q, 0 * far_g, *rest)
-
-    monkeypatch.setattr(products, "_known", without)
+    derivatives = products._mean_derivatives
+    monkeypatch.setattr(products, "_mean_derivatives", lambda far, x: 0 * derivatives(far, x))
     run = limit(depth=depth, activation="identity", samples=64).fit(X, Y, 3, record=())
     assert np.abs(run.f[1:, :, 0] - R1_F[depth]).max(axis=1).min() > 0.01
     # What is left is what the reference gives without it.
@@ -294,8 +290,8 @@ def test_steps_by_hand_are_those_of_a_fit(x64):
 
 
 def test_divergence_carries_the_trajectory(x64):
-    model = limit(activation="identity", samples=64, lr=1e60)
-    with pytest.raises(DivergedError, match=r"step \d+: outputs are not finite \(lr=1e\+60\)") as caught:
+    model = limit(activation="identity", samples=64, lr=1e20)
+    with pytest.raises(DivergedError, match=r"step \d+: .* not finite \(lr=1e\+20\)") as caught:
         model.fit(X, Y, 30)
     trajectory = caught.value.trajectory
     assert trajectory is not None

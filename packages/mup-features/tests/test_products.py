@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mup_features.jax.fields import FieldSource, match_moments, mean_products
-from mup_features.jax.products import Matrix, empty_basis, grown, product, record_update
+from mup_features.jax.columns import appended, inner, mean_products
+from mup_features.jax.fields import FieldSource, match_moments
+from mup_features.jax.products import empty_matrix, product, record_update
 
 SAMPLES = 512
 SIGMA = 1.3
@@ -21,7 +22,7 @@ class Side:
         self.used = given
 
     def fresh(self, count, columns, known):
-        new = match_moments(self.source.draw(self.used, columns), (self.given, known))
+        new = match_moments(self.source.draw(self.used, columns), (self.given, *known))
         self.used += count
         return new * (jnp.arange(columns) < count)
 
@@ -30,14 +31,11 @@ class Side:
 def layers(x64):
     """A matrix that has met nothing, and the populations before and behind it."""
     here, there = Side(0, 3), Side(1, 4)
-    empty = jnp.zeros((20, 20))
-    sides = empty_basis(here.given, there.given, 20), empty_basis(there.given, here.given, 20)
-    return Matrix(*sides, empty, empty, SIGMA), here, there
+    return empty_matrix(SIGMA), here, there
 
 
-def copied(matrix):
-    """The same matrix in buffers of its own: products take those of their argument over."""
-    return jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, jax.Array) else leaf, matrix)
+def columns(blocks, rank):
+    return jnp.concatenate(blocks, axis=1)[:, :rank]
 
 
 def look(matrix, x, far, transpose=False):
@@ -45,12 +43,12 @@ def look(matrix, x, far, transpose=False):
 
 
 def times(matrix, x, there, tol=1e-10):
-    made = product(copied(matrix), x, transpose=False, fresh=there.fresh, tol=tol, extend=True)
+    made = product(matrix, x, transpose=False, fresh=there.fresh, tol=tol, extend=True)
     return made.value, matrix._replace(x=made.basis), made.coefficients
 
 
 def times_transpose(matrix, y, here, tol=1e-10):
-    made = product(copied(matrix), y, transpose=True, fresh=here.fresh, tol=tol, extend=True)
+    made = product(matrix, y, transpose=True, fresh=here.fresh, tol=tol, extend=True)
     return made.value, matrix._replace(y=made.basis), made.coefficients
 
 
@@ -122,10 +120,9 @@ def test_learned_parts_add_outer_products_of_signals(layers):
     _, matrix, cb = times_transpose(matrix, b, here)
     # Both bases are complete now, so that Wx has its part along b.
     Wx, WTb = look(matrix, x, there), look(matrix, b, here, transpose=True)
-    learned, velocity = matrix.learned, matrix.velocity
+    moved = matrix
     for _ in range(2):
-        learned, velocity = record_update(learned, velocity, cb, cx, 0.3, 0.5, 0.9)
-    moved = matrix._replace(learned=learned, scale=matrix.scale * 0.81)
+        moved = record_update(moved, cb, cx, 0.3, 0.5, 0.9)
     # Two steps with gradient b x^T, momentum 1/2 and shrinking by 0.9.
     share = 0.3 * 0.9 + 0.3 * 1.5
     value, _, _ = times(moved, x, there)
@@ -143,10 +140,11 @@ def test_an_onlookers_product_has_the_right_law_and_leaves_no_trace(layers):
     seen = look(matrix, new, there)
     kept, _, _ = times(matrix, new, there)
     # Both products have the same covariance with everything that was there, and with one another.
-    for fields in (matrix.x.g, there.given, seen * 0 + 1.0):
+    y = columns(matrix.y.q, matrix.y.rank)
+    for fields in (*matrix.x.g, there.given, seen * 0 + 1.0):
         np.testing.assert_allclose(mean_products(seen, fields), mean_products(kept, fields), atol=1e-11)
-    free = seen - matrix.y.q @ mean_products(matrix.y.q, seen)
-    kept_free = kept - matrix.y.q @ mean_products(matrix.y.q, kept)
+    free = seen - y @ mean_products(y, seen)
+    kept_free = kept - y @ mean_products(y, kept)
     assert jnp.abs(mean_products(free, free) - mean_products(kept_free, kept_free)).max() < 0.1
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, matrix))
 
@@ -158,10 +156,10 @@ def test_bases_stay_orthonormal_when_arguments_nearly_coincide(layers):
     near = x + 1e-7 * here.given[:, 1:] ** 2
     both = jnp.concatenate([near, near[:, :1] + 1e-8 * here.given[:, :1] ** 3], axis=1)
     after_value, after, coefficients = times(matrix, both, there)
-    q = after.x.q[:, : after.x.rank]
+    q = columns(after.x.q, 5)
     assert after.x.rank == 5
     np.testing.assert_allclose(mean_products(q, q), np.eye(5), atol=1e-13)
-    np.testing.assert_allclose(after.x.q @ coefficients, both, atol=1e-13)
+    np.testing.assert_allclose(q @ coefficients, both, atol=1e-13)
     # |W (near - x)| is sigma times 1e-7 |x^2|.
     assert 1e-8 < jnp.abs(after_value[:, :2] - value).max() < 1e-5
 
@@ -204,20 +202,40 @@ def test_a_matrix_that_vanished_keeps_what_was_learned(layers):
     np.testing.assert_array_equal(value, jnp.zeros_like(value))
     assert there.used == 4  # no field is spent
     _, matrix, cb = times_transpose(matrix, b, here)
-    learned, _ = record_update(matrix.learned, matrix.velocity, cb, cx, 0.3, 0.0, 1.0)
-    value, _, _ = times(matrix._replace(learned=learned), x, there)
+    value, _, _ = times(record_update(matrix, cb, cx, 0.3, 0.0, 1.0), x, there)
     np.testing.assert_allclose(value, -0.3 * b @ mean_products(x, x), atol=1e-12)
 
 
-def test_growing_keeps_what_a_matrix_holds(layers):
-    matrix, x, y = met(layers)
-    _, here, there = layers
-    Wx, WTy = look(matrix, x, there), look(matrix, y, here, transpose=True)
-    larger = grown(matrix._replace(learned=matrix.learned + 1.0), 30)
-    assert larger.x.q.shape[1] >= matrix.x.rank + 30
-    np.testing.assert_array_equal(larger.learned[:20, :20], 1.0)
-    np.testing.assert_array_equal(larger.learned[20:], 0.0)
-    larger = grown(matrix, 30)
-    np.testing.assert_allclose(look(larger, x, there), Wx, atol=1e-11)
-    np.testing.assert_allclose(look(larger, y, here, transpose=True), WTy, atol=1e-11)
-    assert grown(larger, 1).x.q.shape == larger.x.q.shape
+def test_learned_parts_cover_directions_that_came_after_the_last_update(layers):
+    matrix, here, there = layers
+    x, b = jnp.tanh(here.given), jnp.sin(there.given[:, :3]) + 0.1
+    _, matrix, cx = times(matrix, x[:, :1], there)
+    _, matrix, cb = times_transpose(matrix, b[:, :1], here)
+    moved = record_update(matrix, cb, cx, 0.3, 0.0, 1.0)
+    _, moved, cx = times(moved, x, there)
+    _, moved, cb = times_transpose(moved, b, here)
+    assert moved.learned.shape == (1, 1)
+    moved = record_update(moved, cb, cx, 0.2, 0.0, 1.0)
+    still = moved._replace(learned=0 * moved.learned)
+    change = look(moved, x, there) - look(still, x, there)
+    expected = -(b[:, :1] * 0.3) @ mean_products(x[:, :1], x) - 0.2 * b @ mean_products(x, x)
+    np.testing.assert_allclose(change, expected, atol=1e-11)
+
+
+@pytest.mark.parametrize(("new", "blocks"), [(3, 1), (70, 2), (150, 3)])
+def test_blocks_hold_columns_in_order_however_they_arrive(x64, new, blocks):
+    given = jnp.asarray(np.random.default_rng(0).standard_normal((8, 2 * new)))
+    held, used = (), 0
+    for start, count in ((0, new), (new, new - 1), (2 * new - 1, 1)):
+        block = jnp.pad(given[:, start : start + count], ((0, 0), (0, new - count)), constant_values=9.0)
+        held, used = appended(held, used, block, count), used + count
+    assert len(held) == blocks
+    np.testing.assert_array_equal(columns(held, used), given)
+    assert not np.concatenate(held, axis=1)[:, used:].any()
+    np.testing.assert_allclose(inner(held, given)[:used], given.T @ given / 8, atol=1e-15)
+
+
+def test_signals_that_are_not_finite_are_refused(layers):
+    matrix, here, there = layers
+    with pytest.raises(FloatingPointError, match="signals or their squares are not finite"):
+        times(matrix, here.given.at[0, 0].set(jnp.nan), there)

@@ -11,10 +11,10 @@ import numpy as np
 
 from mup_features._files import written_whole
 
-from .limit_run import LimitState, Run
+from .limit_run import POPULATION, LimitState, Run, blocks_of
 from .run_plan import Data
 
-FORMAT = 1
+FORMAT = 2
 
 __all__ = ["load_state", "save_state"]
 
@@ -35,6 +35,7 @@ def save_state(path: str | Path, run: Run, state: LimitState, description: Mappi
         "step": state.step,
         "prepared": bool(state.prepared),
         "started": bool(state.starts),
+        "blocks": blocks_of(state),
         "recorded": state.recorded,
         "names": sorted(records),
         "record": sorted(run.record),
@@ -79,12 +80,11 @@ def load_state(
     names = about["names"]
     run = new_run(Data(*leaves[:3]), frozenset(about["record"]), about["every"])
     arrays = dict(zip(names, leaves[3 : 3 + len(names)], strict=True))
-    kinds, structure = jax.tree.flatten(run.skeleton(about["prepared"], about["started"]))
+    kinds, structure = jax.tree.flatten(run.skeleton(about["blocks"], about["prepared"], about["started"]))
     rest = leaves[3 + len(names) :]
     if len(rest) != len(kinds):
         raise ValueError(f"path must hold {len(kinds)} arrays of state, got {len(rest)} in {str(path)!r}")
-    samples = run.sources[0][0].samples
-    placed = [_placed(kind, leaf, samples, sharding) for kind, leaf in zip(kinds, rest, strict=True)]
+    placed = [_placed(kind, leaf, sharding) for kind, leaf in zip(kinds, rest, strict=True)]
     replicas, prepared, starts = jax.tree.unflatten(structure, placed)
     records = [
         [{name: arrays[name][replica, t] for name in names} for replica in range(len(replicas))]
@@ -104,9 +104,8 @@ def _read(path: str | Path) -> tuple[dict[str, Any], list[np.ndarray]]:
     raise ValueError(f"path must hold format {FORMAT}, got {about.get('format')!r} in {str(path)!r}")
 
 
-def _placed(kind: Any, leaf: np.ndarray, samples: int, sharding: jax.sharding.Sharding | None) -> Any:
-    """A leaf as it was before: a number, columns over the population as these lie, or a small array."""
-    if isinstance(kind, (int, float)):
-        return type(kind)(leaf)
-    on_points = leaf.ndim == 2 and leaf.shape[0] == samples
-    return jax.device_put(leaf, sharding if on_points else None)
+def _placed(kind: Any, leaf: np.ndarray, sharding: jax.sharding.Sharding | None) -> Any:
+    """A leaf as it was before: columns over the population as these lie, a small array, or a number."""
+    if kind is POPULATION:
+        return jax.device_put(leaf, sharding)
+    return leaf if isinstance(kind, np.ndarray) else type(kind)(leaf)

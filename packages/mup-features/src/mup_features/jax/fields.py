@@ -13,30 +13,24 @@ devices nor on how many fields are drawn at once.
 Source: Joe and Kuo 2008 (direction numbers, those of scipy); Matousek 1998 (linear scrambling and shift).
 """
 
+from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt32
+from jaxtyping import Array, UInt32
 from scipy.stats import qmc
 
+from .columns import Columns, Small, combined, inner, inverse_transpose, without
+
 Sampler = Literal["sobol", "normal"]
-Columns = Float[Array, "points columns"]
 
 MAX_SOBOL_DIMS = qmc.Sobol.MAXDIM
 BITS = 32
 
-__all__ = [
-    "MAX_SOBOL_DIMS",
-    "Columns",
-    "FieldSource",
-    "Sampler",
-    "inverse_transpose",
-    "match_moments",
-    "mean_products",
-]
+__all__ = ["MAX_SOBOL_DIMS", "FieldSource", "Sampler", "match_moments"]
 
 
 class FieldSource(NamedTuple):
@@ -80,16 +74,14 @@ class FieldSource(NamedTuple):
         entropy = [int(word) for word in np.asarray(jax.random.key_data(self.key)).ravel()]
         bits = max(self.samples.bit_length() - 1, 1)
         plain = _direction_numbers(start + count, bits)[start:]
-        scrambled = np.empty((bits, count), dtype=np.uint32)
-        shifts = np.empty(count, dtype=np.uint32)
+        words = np.empty((count, BITS + 1), dtype=np.uint32)
         for column in range(count):
             rng = np.random.default_rng([*entropy, self.replica, self.population, start + column])
-            words = rng.integers(0, 2**BITS, size=BITS + 1, dtype=np.uint32)
-            rows = (words[:BITS] & _STRICTLY_LOWER) | _DIAGONAL
-            parity = np.bitwise_count(rows[:, None] & plain[column]) & np.uint32(1)
-            scrambled[:, column] = np.bitwise_or.reduce(parity.astype(np.uint32) << _PLACES[:, None], axis=0)
-            shifts[column] = words[BITS]
-        return scrambled, shifts
+            words[column] = rng.integers(0, 2**BITS, size=BITS + 1, dtype=np.uint32)
+        rows = (words[:, :BITS] & _STRICTLY_LOWER) | _DIAGONAL
+        parity = np.bitwise_count(rows[:, :, None] & plain[:, None]) & np.uint32(1)
+        scrambled = np.bitwise_or.reduce(parity.astype(np.uint32) << _PLACES[:, None], axis=1).T
+        return scrambled, words[:, BITS]
 
 
 # Row i of a scrambling matrix makes bit i, counted from the most significant; it may see bits 0 to i.
@@ -155,32 +147,32 @@ def _plain_normal(index: UInt32[Array, " points"], key: Array, start: int, count
     return jax.scipy.special.ndtri(uniform + 0.0 * index[:, None])
 
 
-def mean_products(u: Columns, v: Columns) -> Float[Array, "u v"]:
-    """<u, v> of all pairs of columns: the mean of u v over the population."""
-    return u.T @ v / u.shape[0]
-
-
-@jax.jit
-def match_moments(new: Columns, earlier: tuple[Columns, ...]) -> Columns:
+def match_moments(new: Columns, earlier: Sequence[Columns], count: int | None = None) -> Columns:
     """The columns made orthonormal to the constant, to earlier fields and to one another.
 
     Within the block by Cholesky, which is Gram-Schmidt in the order of the columns, so a field does not
     depend on those drawn after it in the same block. Zero columns among the earlier ones do no harm. Once
     more if little was left of a column, for then rounding was a large part of it.
+
+    Args:
+        new: [M, B].
+        earlier: blocks of fields.
+        count: columns to return as they are; the others are zero. None for all.
     """
-
-    def matched(state: tuple[Columns, Float[Array, ""]]) -> tuple[Columns, Float[Array, ""]]:
-        new, _ = state
-        new = new - new.mean(axis=0)
-        for fields in earlier:
-            new = new - fields @ mean_products(fields, new)
-        lower = jnp.linalg.cholesky(mean_products(new, new))
-        return new @ inverse_transpose(lower), jnp.min(jnp.diag(lower))
-
+    left = 0.0
     # Columns have size 1 before; where at least half of it is left, once is as exact as twice.
-    return jax.lax.while_loop(lambda state: state[1] < 0.5, matched, (new, jnp.zeros(())))[0]
+    while left < 0.5:
+        new = without(_centred(new), earlier)
+        lower = np.linalg.cholesky(inner((new,), new))
+        small, left = inverse_transpose(lower), np.diag(lower).min()
+        new = combined(new, small if left < 0.5 else _first_columns(small, count))
+    return new
 
 
-def inverse_transpose(lower: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    """Inverse of the transpose of a small triangular matrix: a product with it beats solving for M rows."""
-    return jax.scipy.linalg.solve_triangular(lower, jnp.eye(lower.shape[0]), lower=True).T
+def _first_columns(small: Small, count: int | None) -> Small:
+    return small if count is None else small * (np.arange(small.shape[1]) < count)
+
+
+@jax.jit
+def _centred(new: Columns) -> Columns:
+    return new - new.mean(axis=0)

@@ -25,7 +25,8 @@ from mup_features.parametrization import Parametrization
 
 from .activations import Elementwise
 from .checkpoint import load_state, save_state
-from .fields import MAX_SOBOL_DIMS, FieldSource, Sampler, mean_products
+from .columns import Columns, Small, inner
+from .fields import MAX_SOBOL_DIMS, FieldSource, Sampler
 from .kernel_run import kernel_trajectory
 from .limit_run import LimitState, Run
 from .losses import Reduction, SampleLoss
@@ -33,9 +34,6 @@ from .quadrature import quadrature_trajectory
 from .replica import Layers, RankError
 from .run_plan import RECORDABLE, Data, checked_count, checked_data, recorded_steps, settings
 from .trajectory import DivergedError, Trajectory
-
-CAPACITY = 64
-"""Directions that a matrix has room for at first, at least; those of eight steps, as each growth compiles."""
 
 __all__ = ["DivergedError", "InfiniteWidthMLP", "Trajectory"]
 
@@ -207,7 +205,7 @@ class InfiniteWidthMLP:
             batch_key, _ = jax.random.split(self.key)
             return kernel_trajectory(self.settings, self.scheme, data, recorded, record, batch_key)
         self._run = self._new_run(data, frozenset(record), every)
-        self.state = self._run.start(max(CAPACITY, 8 * (self.settings.batch or len(data.X))))
+        self.state = self._run.start()
         return self._advance(steps, save_to, save_every)
 
     def resume(self, steps: int, *, save_to: str | Path | None = None, save_every: int = 10) -> Trajectory:
@@ -233,7 +231,7 @@ class InfiniteWidthMLP:
         """
         run, state = self._begun()
         self._prepare(run, state, recording=state.step % run.every == 0)
-        outputs = np.mean([np.asarray(run.outputs(state, r)) for r in range(len(state.replicas))], axis=0)
+        outputs = np.mean([run.outputs(state, r) for r in range(len(state.replicas))], axis=0)
         self._apply(run, state)
         return outputs
 
@@ -253,8 +251,8 @@ class InfiniteWidthMLP:
         for layer in range(2, self.settings.depth + 1):
             sides = [replica.matrices[layer - 2].y for replica in state.replicas]
             rank = min(side.rank for side in sides)
-            covariances = [mean_products(side.g[:, :rank], side.g[:, :rank]) for side in sides]
-            moments = [mean_products(side.q[:, :rank], side.q[:, :rank]) for side in sides]
+            covariances = [_all_products(side.g)[:rank, :rank] for side in sides]
+            moments = [_all_products(side.q)[:rank, :rank] for side in sides]
             found[layer] = (np.mean(covariances, axis=0), np.mean(moments, axis=0))
         return found
 
@@ -293,9 +291,11 @@ class InfiniteWidthMLP:
         return self._trajectory(state, recorded)
 
     def _prepare(self, run: Run, state: LimitState, *, recording: bool) -> None:
-        self.state = None  # buffers are reused in place: what an interruption leaves is no state
+        self.state = None  # replicas are replaced one by one: what an interruption leaves is no state
         try:
-            run.prepare(state, recording)
+            # What overflows is refused, with the trajectory so far; NumPy need not warn before.
+            with np.errstate(over="ignore", invalid="ignore"):
+                run.prepare(state, recording)
         except (FloatingPointError, RankError) as error:
             before = self._trajectory(state, state.recorded) if state.recorded else None
             raise DivergedError(f"step {state.step}: {error} (lr={self.settings.lr})", before) from error
@@ -303,7 +303,8 @@ class InfiniteWidthMLP:
 
     def _apply(self, run: Run, state: LimitState) -> None:
         self.state = None
-        run.apply(state)
+        with np.errstate(over="ignore", invalid="ignore"):
+            run.apply(state)
         self.state = state
 
     def _begun(self) -> tuple[Run, LimitState]:
@@ -379,6 +380,11 @@ class InfiniteWidthMLP:
             "tol": self.tol,
             "key": hashlib.sha256(np.asarray(jax.random.key_data(self.key)).tobytes()).hexdigest(),
         }
+
+
+def _all_products(blocks: tuple[Columns, ...]) -> Small:
+    made = [inner(blocks, block) for block in blocks]
+    return np.concatenate(made, axis=1) if made else np.zeros((0, 0))
 
 
 def _scheme(parametrization: Parametrization, depth: int) -> str:

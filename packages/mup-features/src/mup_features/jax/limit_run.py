@@ -6,15 +6,19 @@ exactly as a longer run would have done, so that a run can be taken up again bit
 """
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Int, PRNGKeyArray
 
-from .fields import Columns, FieldSource, mean_products
+from .columns import Columns, Small, inner, mean_products
+from .fields import FieldSource
+from .losses import Loss
 from .products import Basis, Matrix
 from .replica import (
     Backward,
@@ -40,7 +44,11 @@ class Prepared(NamedTuple):
 
     signals: Signals
     back: Backward
-    chi: Float[Array, "batch outputs"]
+    chi: Small
+
+
+POPULATION: Any = jax.ShapeDtypeStruct((), np.float64)
+"""Stands for columns in a skeleton."""
 
 
 class Start(NamedTuple):
@@ -80,6 +88,11 @@ class LimitState:
         }
 
 
+def blocks_of(state: LimitState) -> list[list[tuple[int, int]]]:
+    """For each replica and matrix the numbers of blocks of its two bases."""
+    return [[(len(matrix.x.q), len(matrix.y.q)) for matrix in replica.matrices] for replica in state.replicas]
+
+
 class Run:
     """The plan of a run; all that changes is in its LimitState.
 
@@ -108,13 +121,12 @@ class Run:
         self.settings, self.layers, self.sources, self.data = settings, layers, sources, data
         self.record, self.every, self.batch_key, self.first_step = record, every, batch_key, first_step
         # Test inputs have no part in the basis, so that training is the same with and without them.
-        self.train, self.test, self.beyond = (jnp.asarray(part.T) for part in data.coordinates_apart())
-        self.samples = len(data.X)
-        self.y = jnp.asarray(data.y)
+        self.train, self.test, self.beyond = (part.T for part in data.coordinates_apart())
+        self.samples, self.y = len(data.X), data.y
         self._warned = False
 
-    def start(self, capacity: int) -> LimitState:
-        """Replicas before training, with room for that many directions of each matrix."""
+    def start(self) -> LimitState:
+        """Replicas before training."""
         layers = self.first_step or self.layers
         inputs, count = len(self.train), self.settings.output_dim
         samples = self._samples()
@@ -122,20 +134,19 @@ class Run:
             raise ValueError(
                 f"samples must exceed the fields of W^1, V and biases, {inputs + count + 1}, got {samples}"
             )
-        return LimitState(
-            0, [new_replica(layers, source, inputs, count, capacity) for source in self.sources]
-        )
+        return LimitState(0, [new_replica(layers, source, inputs, count) for source in self.sources])
 
     def prepare(self, state: LimitState, recording: bool) -> None:
         """Make the passes of step t, and record it; nothing happens if they are made already.
 
         Raises:
-            FloatingPointError: if outputs are not finite; nothing is recorded then.
+            FloatingPointError: if outputs, signals or their squares are not finite; the step is not
+                recorded then.
             RankError: if a basis would exceed the largest rank allowed.
         """
         if state.prepared:
             return
-        batch = batch_at(self.batch_key, state.step, self.samples, self.settings.batch)
+        batch = self._batch(state.step)
         prepared, records, starts = [], [], []
         for number, source in enumerate(self.sources):
             replica = state.replicas[number]
@@ -172,7 +183,7 @@ class Run:
 
     def apply(self, state: LimitState) -> None:
         """Move the weights by the prepared step."""
-        batch = batch_at(self.batch_key, state.step, self.samples, self.settings.batch)
+        batch = self._batch(state.step)
         rate = self.settings.rate(state.step)
         step = Step(rate, self.settings.momentum, self.settings.weight_decay)
         for number, made in enumerate(state.prepared):
@@ -185,30 +196,48 @@ class Run:
         state.prepared = []
         state.step += 1
 
-    def outputs(self, state: LimitState, replica: int) -> Float[Array, "batch outputs"]:
+    def _batch(self, step: int) -> Int[np.ndarray, " batch"]:
+        return np.asarray(batch_at(self.batch_key, step, self.samples, self.settings.batch))
+
+    def outputs(self, state: LimitState, replica: int) -> Small:
         """Outputs of one replica on the batch of the prepared step."""
         return outputs(state.replicas[replica], state.prepared[replica].signals)
 
-    def skeleton(self, prepared: bool, started: bool) -> tuple[list[Replica], list[Prepared], list[Start]]:
-        """The tree of a state without its arrays, for reading one: numbers stand where numbers belong."""
-        L, R = self.layers.depth, len(self.sources)
-        array: Any = np.zeros(0)
-        basis = Basis(array, array, 0, array)
-        biases = (array,) * L if self.layers.bias_std else ()
-        matrices = (Matrix(basis, basis, array, array, 0.0),) * (L - 1)
-        numbers = (0.0,) * (L - 1), (0,) * L
-        replica = Replica(
-            array, array, array, array, array, array, biases, biases, biases, matrices, *numbers
-        )
-        layers, inner = (array,) * L, (array,) * (L - 1)
-        step = Prepared(Signals(layers, layers, inner), Backward(layers, inner), array)
-        return [replica] * R, [step] * (R if prepared else 0), [Start(layers, layers)] * (R if started else 0)
+    def skeleton(
+        self, blocks: Sequence[Sequence[Sequence[int]]], prepared: bool, started: bool
+    ) -> tuple[list[Replica], list[Prepared], list[Start]]:
+        """The tree of a state without its arrays, for reading one.
+
+        Zeros stand where numbers belong, an empty array where one belongs that stays on the host, POPULATION
+        where columns belong.
+
+        Args:
+            blocks: for each replica and matrix the numbers of blocks of its two bases, as `blocks_of` gives.
+            prepared: whether the passes of the step have been made.
+            started: whether the signals of step 0 are kept.
+        """
+        L, small = self.layers.depth, np.zeros(0)
+        biases = (POPULATION,) * (L if self.layers.bias_std else 0)
+        P = POPULATION
+
+        def basis(count: int) -> Basis:
+            return Basis((POPULATION,) * count, (POPULATION,) * count, 0, 0.0)
+
+        replicas = []
+        for counts in blocks:
+            matrices = tuple(Matrix(basis(x), basis(y), small, small, 0.0) for x, y in counts)
+            means, used = (0.0,) * (L - 1), (0,) * L
+            replicas.append(Replica(P, P, P, P, P, P, biases, biases, biases, matrices, means, used))
+        layers, inner_layers = (POPULATION,) * L, (small,) * (L - 1)
+        step = Prepared(Signals(layers, layers, inner_layers), Backward(layers, inner_layers), small)
+        R = len(replicas)
+        return replicas, [step] * (R if prepared else 0), [Start(layers, layers)] * (R if started else 0)
 
     def _usual(
         self,
         replica: Replica,
         source: tuple[FieldSource, ...],
-        batch: Int[Array, " batch"],
+        batch: Int[np.ndarray, " batch"],
         recording: bool,
         start: Start | None,
     ) -> "_Step":
@@ -230,8 +259,8 @@ class Run:
             record = self._record(everything, f_all, start)
             start = start or Start(everything.h, everything.x)
             if self.test.shape[1]:
-                record["f_test"] = np.asarray(self._look(replica, source, self.test, self.beyond)[1])
-        chi = self.settings.loss.chi(f, self.y[batch])
+                record["f_test"] = self._look(replica, source, self.test, self.beyond)[1]
+        chi = _chi(self.settings.loss, f, self.y[batch])
         back, replica = backward(self.layers, replica, signals, chi, fresh, keep=True)
         if recording and "G" in self.record:
             record["G"] = self._signal_grams(back, batch)
@@ -242,7 +271,7 @@ class Run:
         layers: Layers,
         replica: Replica,
         source: tuple[FieldSource, ...],
-        batch: Int[Array, " batch"],
+        batch: Int[np.ndarray, " batch"],
         recording: bool,
     ) -> "_Step":
         """The first step of `ip_llr`: seen is IP at its start, what moves is a pass of linearised muP."""
@@ -254,15 +283,15 @@ class Run:
         if recording:
             record = self._record(seen, f, None)
             if self.test.shape[1]:
-                record["f_test"] = np.asarray(self._look(vanished, source, self.test, self.beyond)[1])
+                record["f_test"] = self._look(vanished, source, self.test, self.beyond)[1]
             if "G" in self.record:
-                chi = self.settings.loss.chi(f[batch], self.y[batch])
+                chi = _chi(self.settings.loss, f[batch], self.y[batch])
                 part = Signals(_chosen(seen.h, batch), _chosen(seen.x, batch), ())
                 back, _ = backward(self.layers, vanished, part, chi, fresh, keep=False)
                 record["G"] = self._signal_grams(back, batch)
         fresh = Fresh(layers, source, replica)
         signals, replica = forward(layers, replica, self.train[:, batch], fresh, keep=True)
-        chi = self.settings.loss.chi(f[batch], self.y[batch])
+        chi = _chi(self.settings.loss, f[batch], self.y[batch])
         back, replica = backward(layers, replica, signals, chi, fresh, keep=True)
         return _Step(replica, Prepared(signals, back, chi), record, Start(seen.h, seen.x))
 
@@ -270,16 +299,16 @@ class Run:
         self,
         replica: Replica,
         source: tuple[FieldSource, ...],
-        inputs: Float[Array, "d inputs"],
-        beyond: Float[Array, "beyond inputs"] | None = None,
-    ) -> tuple[Signals, Float[Array, "inputs outputs"]]:
+        inputs: Small,
+        beyond: Small | None = None,
+    ) -> tuple[Signals, Small]:
         """A pass that leaves no trace."""
         fresh = Fresh(self.layers, source, replica)
         signals, _ = forward(self.layers, replica, inputs, fresh, keep=False, beyond=beyond)
         return signals, outputs(replica, signals)
 
-    def _record(self, signals: Signals, f: Float[Array, "n outputs"], start: Start | None) -> Record:
-        record: Record = {"f": np.asarray(f), "loss": np.asarray(self.settings.loss.value(f, self.y))}
+    def _record(self, signals: Signals, f: Small, start: Start | None) -> Record:
+        record: Record = {"f": f, "loss": np.asarray(_loss(self.settings.loss, f, self.y))}
         if self.record & {"K", "change"}:
             start = start or Start(signals.h, signals.x)
             made = jax.device_get(_grams(signals.h, signals.x, start))
@@ -289,11 +318,10 @@ class Run:
             record |= {name: made[name] for name in kept}
         return record
 
-    def _signal_grams(self, back: Backward, batch: Int[Array, " batch"]) -> np.ndarray:
+    def _signal_grams(self, back: Backward, batch: Int[np.ndarray, " batch"]) -> np.ndarray:
         """Gram matrices of b, with zeros outside the batch, where chi is zero."""
         made = np.zeros((self.layers.depth, self.samples, self.samples))
-        rows = np.asarray(batch)
-        made[:, rows[:, None], rows] = np.stack([np.asarray(mean_products(b, b)) for b in back.b])
+        made[:, batch[:, None], batch] = np.stack([inner((b,), b) for b in back.b])
         return made
 
 
@@ -304,14 +332,28 @@ class _Step(NamedTuple):
     start: Start | None
 
 
-def _chosen(columns: tuple[Columns, ...], batch: Int[Array, " batch"]) -> tuple[Columns, ...]:
+def _chosen(columns: tuple[Columns, ...], batch: Int[np.ndarray, " batch"]) -> tuple[Columns, ...]:
     return tuple(part[:, batch] for part in columns)
 
 
-def _finite(f: Float[Array, "batch outputs"]) -> Float[Array, "batch outputs"]:
-    if not bool(jnp.isfinite(f).all()):
+def _finite(f: Small) -> Small:
+    if not np.isfinite(f).all():
         raise FloatingPointError("outputs are not finite")
     return f
+
+
+@partial(jax.jit, static_argnums=0)
+def _loss(loss: Loss, f: Array, y: Array) -> Array:
+    return loss.value(f, y)
+
+
+def _chi(loss: Loss, f: Small, y: Small) -> Small:
+    return np.asarray(_loss_gradient(loss, f, y))
+
+
+@partial(jax.jit, static_argnums=0)
+def _loss_gradient(loss: Loss, f: Array, y: Array) -> Array:
+    return loss.chi(f, y)
 
 
 @jax.jit

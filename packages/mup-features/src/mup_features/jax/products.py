@@ -16,36 +16,37 @@ are sums of b x^T with b in the span of QY and x in that of QX. History needs no
 Source: Yang 2020 (arXiv 2009.10685, the Z^{Wx} rules); spec section c4.
 """
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
 
-from .fields import Columns, inverse_transpose, mean_products
+from .columns import Columns, Small, appended, combined, inner, inverse_transpose, plus, without
 
 ROUND = 1e-6
 """Directions shorter than this share of the longest wait for the next round: a round loses as many digits."""
 
-__all__ = ["Basis", "Matrix", "Product", "empty_basis", "grown", "product", "record_update"]
+DrawFields = Callable[[int, int, Sequence[Columns]], Columns]
+"""Number of fields, of columns (the others are zero), and fields that are there; see `Fresh.on`."""
+
+__all__ = ["Basis", "DrawFields", "Matrix", "Product", "empty_matrix", "product", "record_update"]
 
 
 class Basis(NamedTuple):
-    """One side of a matrix: an orthonormal basis and what the matrix makes of it. Unused columns are zero.
+    """One side of a matrix: an orthonormal basis and what the matrix makes of it.
 
     Attributes:
-        q: [M, capacity], orthonormal columns on the population of the argument.
-        g: [M, capacity], standard normal fields on the population of the result.
+        q: blocks of orthonormal columns on the population of the argument, [M, width] each; columns that are
+            not in use yet are zero.
+        g: blocks of the same widths, standard normal fields on the population of the result.
         rank: columns in use.
         longest: the largest norm of an argument so far, what `tol` is relative to.
     """
 
-    q: Columns
-    g: Columns
+    q: tuple[Columns, ...]
+    g: tuple[Columns, ...]
     rank: int
-    longest: Float[Array, ""]
+    longest: float
 
 
 class Matrix(NamedTuple):
@@ -54,15 +55,15 @@ class Matrix(NamedTuple):
     Attributes:
         x: the side of W (arguments on layer l-1, results on layer l).
         y: the side of the transpose.
-        learned: [capacity of y, capacity of x], A above.
+        learned: A above, [rank of y, rank of x] at the last update; zero for directions that are newer.
         velocity: momentum of `learned`, of the same shape.
         scale: w above, sigma at the start and smaller by weight decay; 0 where W_0 has vanished (IP).
     """
 
     x: Basis
     y: Basis
-    learned: Float[Array, "y x"]
-    velocity: Float[Array, "y x"]
+    learned: Small
+    velocity: Small
     scale: float
 
 
@@ -71,52 +72,23 @@ class Product(NamedTuple):
 
     Attributes:
         value: [M, B], W x.
-        coefficients: [capacity, B], x in the basis; complete only if the basis was extended.
+        coefficients: [rank, B], x in the basis; complete only if the basis was extended.
         basis: the side of the matrix after the product.
     """
 
     value: Columns
-    coefficients: Float[Array, "capacity batch"]
+    coefficients: Small
     basis: Basis
 
 
-def empty_basis(like_argument: Columns, like_result: Columns, capacity: int) -> Basis:
-    """A basis without directions, laid out over devices as the populations are."""
-
-    def zeros(like: Columns) -> Columns:
-        return jnp.zeros_like(like, shape=(like.shape[0], capacity), device=like.sharding)
-
-    return Basis(zeros(like_argument), zeros(like_result), 0, jnp.zeros(()))
-
-
-def grown(matrix: Matrix, columns: int) -> Matrix:
-    """The matrix with room for that many more directions on both sides, at least half as many as before.
-
-    Room grows in few, large steps: each new shape is compiled anew.
-    """
-    sides = []
-    for basis in (matrix.x, matrix.y):
-        room, needed = basis.q.shape[1], basis.rank + columns
-        if needed > room:
-            more = -(-max(needed, room + room // 2) // 64) * 64 - room
-            basis = Basis(
-                _padded(basis.q, room + more), _padded(basis.g, room + more), basis.rank, basis.longest
-            )
-        sides.append(basis)
-    x, y = sides
-    shape = (y.q.shape[1], x.q.shape[1])
-    missing = [(0, new - old) for new, old in zip(shape, matrix.learned.shape, strict=True)]
-    return Matrix(x, y, jnp.pad(matrix.learned, missing), jnp.pad(matrix.velocity, missing), matrix.scale)
+def empty_matrix(scale: float) -> Matrix:
+    """A matrix that has met nothing."""
+    side = Basis((), (), 0, 0.0)
+    return Matrix(side, side, np.zeros((0, 0)), np.zeros((0, 0)), scale)
 
 
 def product(
-    matrix: Matrix,
-    x: Columns,
-    *,
-    transpose: bool,
-    fresh: Callable[[int, int, Columns], Columns],
-    tol: float,
-    extend: bool,
+    matrix: Matrix, x: Columns, *, transpose: bool, fresh: DrawFields, tol: float, extend: bool
 ) -> Product:
     """W x, or W^T x.
 
@@ -130,111 +102,105 @@ def product(
             itself: backward signals shrink as training converges, and what they move shrinks with them.
         extend: whether the basis keeps the new directions. Without, the product is that of an onlooker: it
             has the right law, and the matrix does not remember it.
+
+    Raises:
+        FloatingPointError: if x or its square is not finite.
     """
     near, far = (matrix.y, matrix.x) if transpose else (matrix.x, matrix.y)
-    learned = matrix.learned if transpose else matrix.learned.T
-    value, coefficients, rest = _known(near.q, near.g, far.q, far.g, learned, matrix.scale, x)
+    learned = matrix.learned.T if transpose else matrix.learned
+    coefficients = inner(near.q, x)[: near.rank]
+    response = matrix.scale * _mean_derivatives(far, x)
+    response[: len(learned)] -= learned @ coefficients[: learned.shape[1]]
+    value = plus(plus(_zeros(x), near.g, matrix.scale * coefficients), far.q, response)
     if matrix.scale == 0.0 and not extend:
         return Product(value, coefficients, near)
-    longest = jnp.maximum(near.longest, jnp.max(_norms(x)))
-    temporary: tuple[Columns, ...] = ()
-    more = True
-    while more:
-        found, more, directions, rest = _directions(near.q, temporary, rest, longest, tol)
-        count, more = int(found), bool(more)
-        if count == 0:
+    longest = max(near.longest, np.sqrt(_gram(x).diagonal().max()))
+    rest = plus(x, near.q, -coefficients)
+    onlookers: tuple[Columns, ...] = ()
+    while True:
+        gram = _gram(rest)
+        if np.sqrt(gram.diagonal().max()) <= tol * longest:
             break
-        # As many columns each time as x has: one shape is compiled once.
-        fields = fresh(count, x.shape[1], near.g) if matrix.scale else jnp.zeros_like(directions)
-        value, coefficients = _add_new(value, coefficients, x, directions, fields, matrix.scale, near.rank)
-        if extend:
-            near = _append(near, directions, fields, count)
+        directions, count = _directions((*near.q, *onlookers), rest, gram / longest**2, tol)
+        along = inner((directions,), x)
+        if matrix.scale:
+            # As many columns each time as x has: one shape is compiled once.
+            fields = fresh(count, x.shape[1], near.g)
+            value = plus(value, (fields,), matrix.scale * along)
         else:
-            temporary = (*temporary, directions)
+            fields = _zeros(x)
+        if extend:
+            coefficients = np.concatenate([coefficients, along[:count]])
+            near = near._replace(
+                q=appended(near.q, near.rank, directions, count),
+                g=appended(near.g, near.rank, fields, count),
+                rank=near.rank + count,
+            )
+        else:
+            onlookers = (*onlookers, directions)
+        rest = without(rest, (directions,))
     return Product(value, coefficients, near._replace(longest=longest) if extend else near)
 
 
-def _norms(x: Columns) -> Float[Array, " columns"]:
-    return jnp.sqrt(jnp.mean(x * x, axis=0))
+def _mean_derivatives(far: Basis, x: Columns) -> Small:
+    """E[dx / dG] for each field G of the other side, as <x, G>: the coefficients of Zdot, [its rank, B]."""
+    return inner(far.g, x)[: far.rank]
 
 
-@jax.jit
-def _known(q, g, far_q, far_g, learned, scale, x):
-    """The part of the product within the basis, x in the basis, and what of x lies outside.
+def _zeros(like: Columns) -> Columns:
+    """Zeros that lie on the devices as other columns do."""
+    return combined(like, np.zeros((like.shape[1], like.shape[1])))
 
-    What rounding leaves of the basis in the rest is removed from its directions, by a second projection;
-    twice is enough (Kahan and Parlett).
+
+def _gram(x: Columns) -> Small:
+    gram = inner((x,), x)
+    if not np.isfinite(gram).all():
+        raise FloatingPointError("signals or their squares are not finite")
+    return gram
+
+
+def _directions(known: Sequence[Columns], rest: Columns, gram: Small, tol: float) -> tuple[Columns, int]:
+    """New directions, the longest first, zero beyond their number, and that number.
+
+    Eigenvectors of the Gram matrix of the rests, in units of the longest argument: no order of the samples is
+    preferred. Directions shorter than ROUND times the longest wait for the next round, where they no longer
+    drown in its rounding. With it, eigenvectors are orthogonal to 1e-4 and what is left of the basis is below
+    1e-5: both are small against 1, so that one more projection and one Cholesky factor leave rounding only.
+    Twice is enough (Kahan and Parlett).
     """
-    coefficients = mean_products(q, x)
-    rest = x - q @ coefficients
-    response = scale * mean_products(far_g, x) - learned.T @ coefficients
-    return scale * (g @ coefficients) + far_q @ response, coefficients, rest
-
-
-@jax.jit
-def _directions(q, temporary, rest, longest, tol):
-    """Number of new directions, whether more are left, the directions, the longest first, and what is left.
-
-    Eigenvectors of the Gram matrix of the rests: no order of the samples is preferred. Directions
-    shorter than ROUND times the longest wait for the next round, where they no longer drown in its rounding.
-    With it, eigenvectors are orthogonal to 1e-4 and what is left of the basis is below 1e-5: both are small
-    against 1, so that one more projection and one Cholesky factor leave rounding only.
-    """
-    relative = rest / jnp.where(longest > 0, longest, 1.0)
-    squares, vectors = jnp.linalg.eigh(mean_products(relative, relative))
+    squares, vectors = np.linalg.eigh(gram)
     squares, vectors = squares[::-1], vectors[:, ::-1]
     # The sign of an eigenvector is free; the largest entry positive does not depend on the order of samples.
-    largest = jnp.argmax(jnp.abs(vectors), axis=0)
-    vectors = vectors * jnp.sign(jnp.take_along_axis(vectors, largest[None], axis=0))
-    taken = squares > jnp.maximum(tol**2, ROUND**2 * squares[0])
-    new = relative @ (vectors * jnp.where(taken, 1.0 / jnp.sqrt(jnp.where(taken, squares, 1.0)), 0.0))
-    for columns in (q, *temporary):
-        new = new - columns @ mean_products(columns, new)
-    gram = mean_products(new, new) + jnp.diag(jnp.where(taken, 0.0, 1.0))
-    new = jnp.where(taken, new @ inverse_transpose(jnp.linalg.cholesky(gram)), 0.0)
-    rest = rest - new @ mean_products(new, rest)
-    return jnp.sum(taken), jnp.max(_norms(rest)) > tol * longest, new, rest
+    largest = np.abs(vectors).argmax(axis=0)
+    vectors = vectors * np.sign(np.take_along_axis(vectors, largest[None], axis=0))
+    count = max(1, int(np.sum(squares > max(tol**2, ROUND**2 * squares[0]))))
+    mixed = np.zeros_like(vectors)
+    mixed[:, :count] = vectors[:, :count] / np.sqrt(squares[:count])
+    new = without(combined(rest, mixed), known)
+    lower = np.linalg.cholesky(inner((new,), new)[:count, :count])
+    straight = np.zeros_like(vectors)
+    straight[:count, :count] = inverse_transpose(lower)
+    return combined(new, straight), count
 
 
-@jax.jit
-def _add_new(value, coefficients, x, directions, fields, scale, rank):
-    """Add the new directions' part to the product; their coefficients go to rows `rank` and below."""
-    along = mean_products(directions, x)
-    room = coefficients.shape[0]
-    rows = jnp.where(rank + jnp.arange(along.shape[0]) < room, rank + jnp.arange(along.shape[0]), room)
-    coefficients = coefficients.at[rows].add(along, mode="drop")
-    return value + scale * (fields @ along), coefficients
-
-
-def _padded(columns: Columns, width: int) -> Columns:
-    missing = width - columns.shape[1]
-    return jnp.pad(columns, ((0, 0), (0, missing))) if missing else columns
-
-
-def _append(basis: Basis, directions: Columns, fields: Columns, count: int) -> Basis:
-    """The basis with new columns behind those in use; zero columns beyond `count` are overwritten later."""
-    q, g = _write(basis.q, basis.g, directions, fields, basis.rank)
-    return Basis(q, g, basis.rank + count, basis.longest)
-
-
-@partial(jax.jit, donate_argnums=(0, 1))
-def _write(q, g, directions, fields, rank):
-    start = (jnp.int32(0), jnp.asarray(rank, jnp.int32))
-    return jax.lax.dynamic_update_slice(q, directions, start), jax.lax.dynamic_update_slice(g, fields, start)
-
-
-@jax.jit
-def record_update(learned, velocity, y, x, lr, momentum, shrink):
-    """The learned part after a step with gradient sum_i b(i) x(i)^T, given in the bases.
+def record_update(matrix: Matrix, y: Small, x: Small, lr: float, momentum: float, shrink: float) -> Matrix:
+    """The matrix after a step with gradient sum_i b(i) x(i)^T, given in the bases.
 
     Args:
-        learned: A before the step.
-        velocity: its momentum.
-        y: [capacity, B], b in the basis QY.
-        x: [capacity, B], the layer's input in the basis QX.
+        matrix: before the step.
+        y: [rank of y or fewer, B], b in the basis QY.
+        x: [rank of x or fewer, B], the layer's input in the basis QX.
         lr: rate of the step.
         momentum: decay of the velocity, 0 for plain SGD.
-        shrink: 1 - lr * weight decay.
+        shrink: 1 - lr * weight decay, which multiplies the initial matrix too.
     """
-    velocity = momentum * velocity + y @ x.T
-    return shrink * learned + lr * velocity, velocity
+    shape = matrix.y.rank, matrix.x.rank
+    velocity = momentum * _enlarged(matrix.velocity, shape)
+    velocity[: len(y), : len(x)] += y @ x.T
+    learned = shrink * _enlarged(matrix.learned, shape) + lr * velocity
+    return matrix._replace(learned=learned, velocity=velocity, scale=matrix.scale * shrink)
+
+
+def _enlarged(small: Small, shape: tuple[int, int]) -> Small:
+    rows, columns = small.shape
+    return np.pad(small, ((0, shape[0] - rows), (0, shape[1] - columns)))

@@ -5,17 +5,18 @@ steps in view; outputs and loss gradient; backward through layers L to 2, each w
 the same step in view (that is the s = t term of Zdot, which vanishes at t = 0 only); then the updates.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
 
 from .activations import Elementwise
-from .fields import Columns, FieldSource, match_moments, mean_products
-from .products import Matrix, empty_basis, grown, product, record_update
+from .columns import Columns, Small, combined, inner
+from .fields import FieldSource, match_moments
+from .products import DrawFields, Matrix, empty_matrix, product, record_update
 
 __all__ = [
     "Backward",
@@ -99,24 +100,22 @@ class Signals(NamedTuple):
     Attributes:
         h: pre-activations of layers 1..L, [M, B] each.
         x: features.
-        coefficients: x^{l-1} in the basis of W^l, for l = 2..L.
+        coefficients: x^{l-1} in the basis of W^l, for l = 2..L, [rank, B] each.
     """
 
     h: tuple[Columns, ...]
     x: tuple[Columns, ...]
-    coefficients: tuple[Float[Array, "capacity batch"], ...]
+    coefficients: tuple[Small, ...]
 
 
 class Backward(NamedTuple):
     """Backward signals b^1 .. b^L, [M, B] each, and b^l in the basis of W^l transposed, for l = 2..L."""
 
     b: tuple[Columns, ...]
-    coefficients: tuple[Float[Array, "capacity batch"], ...]
+    coefficients: tuple[Small, ...]
 
 
-def new_replica(
-    layers: Layers, sources: tuple[FieldSource, ...], inputs: int, outputs: int, capacity: int
-) -> Replica:
+def new_replica(layers: Layers, sources: tuple[FieldSource, ...], inputs: int, outputs: int) -> Replica:
     """A replica before training. V_0 and W^1 get the first Sobol dimensions, which are the best."""
     here: list[tuple[Columns, ...]] = [()] * layers.depth
     used = [0] * layers.depth
@@ -133,15 +132,8 @@ def new_replica(
     first_fields = draw(0, inputs)
     bias_fields = tuple(draw(layer, 1) for layer in range(layers.depth)) if layers.bias_std else ()
     first, readout = layers.sigma[0] * first_fields, layers.mean + layers.sigma[-1] * readout_fields
-    like = [source.draw(0, 1) for source in sources]
     matrices = tuple(
-        Matrix(
-            empty_basis(like[layer - 1], like[layer], capacity),
-            empty_basis(like[layer], like[layer - 1], capacity),
-            jnp.zeros((capacity, capacity)),
-            jnp.zeros((capacity, capacity)),
-            layers.sigma[layer] if layers.initial_products else 0.0,
-        )
+        empty_matrix(layers.sigma[layer] if layers.initial_products else 0.0)
         for layer in range(1, layers.depth)
     )
     return Replica(
@@ -172,16 +164,14 @@ class Fresh:
         self._onlookers: list[tuple[Columns, ...]] = [()] * layers.depth
         self.used = list(replica.fields_used)
 
-    def on(
-        self, layer: int, others: tuple[Columns, ...], keep: bool
-    ) -> Callable[[int, int, Columns], Columns]:
+    def on(self, layer: int, others: tuple[Columns, ...], keep: bool) -> DrawFields:
         """A function that draws fields on the population of a layer (0-based) beside those given.
 
         Its arguments are the number of fields, that of columns (the others are zero), and more fields that
         are there.
         """
 
-        def draw(count: int, columns: int, known: Columns) -> Columns:
+        def draw(count: int, columns: int, known: Sequence[Columns]) -> Columns:
             source, used = self._sources[layer], self.used[layer]
             if self._layers.match and used + columns >= source.samples:
                 raise RankError(
@@ -191,8 +181,9 @@ class Fresh:
             new = source.draw(used, columns)
             if self._layers.match:
                 # A field does not depend on those after it.
-                new = match_moments(new, (*others, known, *self._onlookers[layer]))
-            new = _first_columns(new, count)
+                new = match_moments(new, (*others, *known, *self._onlookers[layer]), count)
+            else:
+                new = combined(new, np.diag(np.arange(columns) < count).astype(np.float64))
             self.used[layer] += count
             if not keep:
                 self._onlookers[layer] = (*self._onlookers[layer], new)
@@ -204,11 +195,11 @@ class Fresh:
 def forward(
     layers: Layers,
     replica: Replica,
-    coordinates: Float[Array, "inputs batch"],
+    coordinates: Small,
     fresh: Fresh,
     *,
     keep: bool,
-    beyond: Float[Array, "beyond batch"] | None = None,
+    beyond: Small | None = None,
 ) -> tuple[Signals, Replica]:
     """Signals of a set of inputs, given in the basis of the inputs' span, at the current weights.
 
@@ -225,16 +216,14 @@ def forward(
         RankError: if a basis would exceed `max_rank`.
     """
     matrices = list(replica.matrices)
-    h = [_plus(_first_layer(replica.first, coordinates), replica.biases[:1])]
+    h = [_plus(combined(replica.first, coordinates), replica.biases[:1])]
     if beyond is not None and len(beyond):
         others = _other_fields(layers, replica, matrices, 0, -1)
-        fields = fresh.on(0, others, keep=False)(len(beyond), len(beyond), replica.first_fields)
-        h[0] = h[0] + layers.sigma[0] * (fields @ beyond)
-    x = [layers.phi[0](h[0])]
+        fields = fresh.on(0, others, keep=False)(len(beyond), len(beyond), ())
+        h[0] = h[0] + combined(fields, layers.sigma[0] * beyond)
+    x = [_applied(layers.phi[0], h[0])]
     coefficients = []
     for layer in range(1, layers.depth):
-        if keep:
-            matrices[layer - 1] = grown(matrices[layer - 1], 2 * x[-1].shape[1])
         made = product(
             matrices[layer - 1],
             x[-1],
@@ -248,9 +237,9 @@ def forward(
         coefficients.append(made.coefficients)
         value = _plus(made.value, replica.biases[layer : layer + 1])
         if replica.means[layer - 1]:
-            value = value + replica.means[layer - 1] * jnp.mean(x[-1], axis=0)
+            value = _plus_mean(value, x[-1], replica.means[layer - 1])
         h.append(value)
-        x.append(layers.phi[layer](value))
+        x.append(_applied(layers.phi[layer], value))
     replica = replica._replace(matrices=tuple(matrices))
     if keep:
         replica = replica._replace(fields_used=tuple(fresh.used))
@@ -261,7 +250,7 @@ def backward(
     layers: Layers,
     replica: Replica,
     signals: Signals,
-    chi: Float[Array, "batch outputs"],
+    chi: Small,
     fresh: Fresh,
     *,
     keep: bool,
@@ -272,7 +261,7 @@ def backward(
         layers: what all steps share.
         replica: the state after the forward pass.
         signals: what the forward pass gave.
-        chi: derivative of the loss with respect to the outputs.
+        chi: [B, C], derivative of the loss with respect to the outputs.
         fresh: that of the forward pass.
         keep: whether the matrices remember the products.
 
@@ -281,7 +270,7 @@ def backward(
     """
     matrices = list(replica.matrices)
     last = layers.depth - 1
-    b = [_through(layers.dphi[last], replica.readout @ chi.T, signals.h[last])]
+    b = [_through(layers.dphi[last], combined(replica.readout, chi.T), signals.h[last])]
     coefficients = []
     for layer in range(last, 0, -1):
         made = product(
@@ -297,7 +286,7 @@ def backward(
         coefficients.insert(0, made.coefficients)
         value = made.value
         if replica.means[layer - 1]:
-            value = value + replica.means[layer - 1] * jnp.mean(b[0], axis=0)
+            value = _plus_mean(value, b[0], replica.means[layer - 1])
         b.insert(0, _through(layers.dphi[layer - 1], value, signals.h[layer - 1]))
     if keep:
         replica = replica._replace(matrices=tuple(matrices), fields_used=tuple(fresh.used))
@@ -317,28 +306,24 @@ class Step(NamedTuple):
 
 
 def updated(
-    replica: Replica,
-    coordinates: Float[Array, "inputs batch"],
-    signals: Signals,
-    back: Backward,
-    chi: Float[Array, "batch outputs"],
-    step: Step,
+    replica: Replica, coordinates: Small, signals: Signals, back: Backward, chi: Small, step: Step
 ) -> Replica:
     """The replica after one step of SGD with momentum; weight decay multiplies weights, as in AdamW."""
     lr, momentum, decay = step
     shrink = 1.0 - lr * decay
     first, first_velocity = _moved(
-        replica.first, replica.first_velocity, back.b[0] @ coordinates.T, lr, momentum, shrink
+        replica.first, replica.first_velocity, back.b[0], coordinates.T, lr, momentum, shrink
     )
     readout, readout_velocity = _moved(
-        replica.readout, replica.readout_velocity, signals.x[-1] @ chi, lr, momentum, shrink
+        replica.readout, replica.readout_velocity, signals.x[-1], chi, lr, momentum, shrink
     )
-    matrices = []
-    for matrix, y, x in zip(replica.matrices, back.coefficients, signals.coefficients, strict=True):
-        learned, velocity = record_update(matrix.learned, matrix.velocity, y, x, lr, momentum, shrink)
-        matrices.append(matrix._replace(learned=learned, velocity=velocity, scale=matrix.scale * shrink))
+    matrices = [
+        record_update(matrix, y, x, lr, momentum, shrink)
+        for matrix, y, x in zip(replica.matrices, back.coefficients, signals.coefficients, strict=True)
+    ]
+    everyone = np.ones((len(chi), 1))
     moved = [
-        _moved(bias, velocity, b.sum(axis=1, keepdims=True), lr, momentum, shrink)
+        _moved(bias, velocity, b, everyone, lr, momentum, shrink)
         for bias, velocity, b in zip(replica.biases, replica.bias_velocities, back.b, strict=False)
     ]
     return replica._replace(
@@ -353,9 +338,9 @@ def updated(
     )
 
 
-def outputs(replica: Replica, signals: Signals) -> Float[Array, "batch outputs"]:
-    """f_t = <V_t, x^L_t>."""
-    return mean_products(signals.x[-1], replica.readout)
+def outputs(replica: Replica, signals: Signals) -> Small:
+    """f_t = <V_t, x^L_t>, [B, C]."""
+    return inner((signals.x[-1],), replica.readout)
 
 
 def _other_fields(
@@ -368,9 +353,9 @@ def _other_fields(
     if layer == layers.depth - 1:
         fields.append(replica.readout_fields)
     if layer > 0 and layer - 1 != without:
-        fields.append(matrices[layer - 1].x.g)
+        fields += matrices[layer - 1].x.g
     if layer < layers.depth - 1 and layer != without:
-        fields.append(matrices[layer].y.g)
+        fields += matrices[layer].y.g
     return tuple(fields)
 
 
@@ -387,13 +372,13 @@ def _plus(columns: Columns, bias: tuple[Columns, ...]) -> Columns:
 
 
 @jax.jit
-def _first_columns(columns: Columns, count: int) -> Columns:
-    return jnp.where(jnp.arange(columns.shape[1]) < count, columns, 0.0)
+def _plus_mean(value: Columns, x: Columns, mean: float) -> Columns:
+    return value + mean * jnp.mean(x, axis=0)
 
 
-@jax.jit
-def _first_layer(first: Columns, coordinates: Float[Array, "inputs batch"]) -> Columns:
-    return first @ coordinates
+@partial(jax.jit, static_argnums=0)
+def _applied(phi: Elementwise, h: Columns) -> Columns:
+    return phi(h)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -402,6 +387,6 @@ def _through(dphi: Elementwise, dx: Columns, h: Columns) -> Columns:
 
 
 @jax.jit
-def _moved(weight, velocity, gradient, lr, momentum, shrink):
-    velocity = momentum * velocity + gradient
+def _moved(weight, velocity, columns, small, lr, momentum, shrink):
+    velocity = momentum * velocity + columns @ small
     return shrink * weight - lr * velocity, velocity
