@@ -210,8 +210,7 @@ ROUNDING = 1e-9  # of a bound over a loss that is 1e-8 of numbers of order 1
 def training_ends_at_a_certified_global_minimum(run: Run) -> Measurement:
     size = at_scale(MINIMUM, run)
     numbers, criteria, losses = [], [], {}
-    for width in size.widths:
-        made = minima.descend(run, size, width)
+    for width, made in minima.descend(run, size).items():
         losses[f"width {width}"] = made.loss
         reached = Number.mean(
             f"log10 of the loss at the end over that at the start, width {width}",
@@ -320,8 +319,7 @@ def kernel_regimes_follow_their_kernels(run: Run) -> Measurement:
             for scheme in ("ntp", "sp")
         }
     numbers, criteria, curves = [], [], {}
-    for scheme in kernels:
-        rows = from_kernels(run, size, scheme, kernels, X, Y)
+    for scheme, rows in from_kernels(run, size, kernels, X, Y).items():
         curves[scheme] = rows[scheme]
         wrong = "sp" if scheme == "ntp" else "ntp"
         slope = slope_of_rmse(size.widths, rows[scheme], f"slope of the distance over width, {scheme}")

@@ -22,19 +22,25 @@ class Descent(NamedTuple):
     slack: np.ndarray
 
 
-def descend(run: Run, size: Minimum, width: int) -> Descent:
-    """Every step of every seed."""
+def descend(run: Run, size: Minimum) -> dict[int, Descent]:
+    """Every step of every seed, for each width."""
     X, Y = load(size.data)
 
-    def steps_of(seed: int) -> np.ndarray:
+    def steps_of(job: tuple[int, int]) -> np.ndarray:
+        width, seed = job
         moments = train(
             "mup", width, X, Y, depth=size.depth, lr=LR, steps=size.steps, seed=seed, device=run.device
         )
         return np.array([(moment.loss, _slack(moment)) for moment in moments])
 
-    found = side_by_side(steps_of, run.seeds, run.device)
-    tracked = [made for _, made in zip(run.track(run.seeds, f"width {width}"), found, strict=True)]
-    return Descent(*np.stack(tracked, axis=-1).swapaxes(0, 1))
+    # the widest first: what a last core is left with is short
+    jobs = [(width, seed) for width in reversed(size.widths) for seed in run.seeds]
+    results = side_by_side(steps_of, jobs, run.device)
+    made = dict(zip(run.track(jobs, "networks"), results, strict=True))
+    return {
+        width: Descent(*np.stack([made[width, seed] for seed in run.seeds], axis=-1).swapaxes(0, 1))
+        for width in size.widths
+    }
 
 
 def _slack(moment: Moment) -> float:

@@ -68,7 +68,7 @@ class Measures:
 def at(run: Run, size: Schemes) -> Measures:
     """The measures of a run; C1, C2 and C3 share them."""
     X, Y = load(size.data)
-    # the widest first: those that are left for the last core to finish are then short
+    # the widest first: what a last core is left with is short
     jobs = [(scheme, width, seed) for width in reversed(size.widths) for scheme in LR for seed in run.seeds]
     made = side_by_side(partial(_network, run, size, X, Y), jobs, run.device)
     networks = dict(zip(run.track(jobs, "networks"), made, strict=True))

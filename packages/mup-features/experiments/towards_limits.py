@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-from networks import paths
+from networks import side_by_side, train
 from sizes import Kernel
 from stage import float64
 
@@ -22,43 +22,62 @@ def own_seeds(run: Run, row: int, count: int) -> tuple[int, ...]:
 
 
 def from_kernels(
-    run: Run, size: Kernel, scheme: str, kernels: Mapping[str, np.ndarray], X: np.ndarray, Y: np.ndarray
-) -> dict[str, np.ndarray]:
-    """Distance of each network's outputs at the last step from those of each kernel, [widths, networks].
+    run: Run, size: Kernel, kernels: Mapping[str, np.ndarray], X: np.ndarray, Y: np.ndarray
+) -> dict[str, dict[str, np.ndarray]]:
+    """Scheme -> kernel -> distance of each network's outputs at the last step, [widths, networks].
 
-    Kernel descent starts from the network's own outputs; the distance is the RMS over samples and outputs.
+    Each scheme is held against its own kernel and those of the others. Kernel descent starts from the
+    network's own outputs; the distance is the RMS over samples and outputs.
     """
     # The reference values of the two points add up over samples; digits are averaged.
     reduction, count = ("sum", 1) if size.data == "two points" else ("mean", len(Y))
-    with float64():
-        descents = {name: KernelGD(theta, lr=size.lr / count) for name, theta in kernels.items()}
-    rows = {name: np.zeros((len(size.widths), size.seeds)) for name in kernels}
-    for row, width in enumerate(run.track(size.widths, scheme)):
-        made = paths(
+
+    def ends(job: tuple[str, int, int]) -> tuple[np.ndarray, np.ndarray]:
+        scheme, row, seed = job
+        moments = train(
             scheme,
-            width,
+            size.widths[row],
             X,
             Y,
             depth=size.depth,
             lr=size.lr,
             steps=size.steps,
-            seeds=own_seeds(run, row, size.seeds),
+            seed=seed,
             reduction=reduction,
             device=run.device,
         )
-        for name, descent in descents.items():
-            expected = _descended(descent, Y, size.steps, made.f[:, 0])
-            rows[name][row] = np.sqrt(((made.f[:, -1] - expected) ** 2).mean(axis=(1, 2)))
-    return rows
+        f = [moment.f.cpu().numpy() for moment in moments]
+        return f[0], f[-1]
+
+    rows = range(len(size.widths))
+    jobs = [
+        (scheme, row, seed)
+        for row in reversed(rows)  # the widest first: what a last core is left with is short
+        for scheme in kernels
+        for seed in own_seeds(run, row, size.seeds)
+    ]
+    results = side_by_side(ends, jobs, run.device)
+    made = dict(zip(run.track(jobs, "networks"), results, strict=True))
+    found = {}
+    for scheme in kernels:
+        of_scheme = [[made[scheme, row, seed] for seed in own_seeds(run, row, size.seeds)] for row in rows]
+        f0, f = np.moveaxis(np.array(of_scheme), 2, 0)  # [widths, networks, N, C]
+        found[scheme] = {}
+        for name, theta in kernels.items():
+            expected = _descended(theta, size.lr / count, Y, size.steps, f0)
+            found[scheme][name] = np.sqrt(((f - expected) ** 2).mean(axis=(2, 3)))
+    return found
 
 
-def _descended(descent: KernelGD, Y: np.ndarray, steps: int, f0: np.ndarray) -> np.ndarray:
-    """Outputs of kernel descent from those of each network, [networks, N, C]."""
+def _descended(theta: np.ndarray, lr: float, Y: np.ndarray, steps: int, f0: np.ndarray) -> np.ndarray:
+    """Outputs of kernel descent from those of each network, [widths, networks, N, C]."""
     # Outputs do not meet in kernel descent: those of all networks are columns of one problem.
-    networks, samples, outputs = f0.shape
+    columns = f0.transpose(2, 0, 1, 3)
+    targets = np.broadcast_to(Y[:, None, None], columns.shape)
     with float64():
-        made = descent.predict(np.tile(Y, networks), steps, f0=f0.swapaxes(0, 1).reshape(samples, -1))
-    return np.asarray(made.train).reshape(samples, networks, outputs).swapaxes(0, 1)
+        descent = KernelGD(theta, lr=lr)
+        made = descent.predict(targets.reshape(len(Y), -1), steps, f0=columns.reshape(len(Y), -1))
+    return np.asarray(made.train).reshape(columns.shape).transpose(1, 2, 0, 3)
 
 
 def slope_of_rmse(

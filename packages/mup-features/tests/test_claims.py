@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -336,14 +337,17 @@ def test_each_network_is_held_against_descent_from_its_own_outputs(module):
     X, Y, root = (rng.standard_normal((3, columns)) for columns in (4, 2, 3))
     theta, run = root @ root.T, harness.Run("laptop", (700,))
     size = replace(module.KERNEL["laptop"], widths=(8, 12), seeds=3, steps=4, depth=1, lr=0.3)
-    rows = module.from_kernels(run, size, "ntp", {"ours": theta}, X, Y)["ours"]
+    kernels = {"ntp": theta, "sp": 2 * theta}
+    found = module.from_kernels(run, size, kernels, X, Y)
     common = {"depth": 1, "lr": 0.3, "steps": 4, "reduction": "mean", "device": "cpu"}
-    left = np.linalg.matrix_power(np.eye(3) - 0.3 / 3 * theta, 4)
-    for row, width in enumerate(size.widths):
-        made = module.paths("ntp", width, X, Y, seeds=module.own_seeds(run, row, 3), **common)
-        for network, f in enumerate(made.f):
-            distance = np.sqrt(((f[-1] - Y - left @ (f[0] - Y)) ** 2).mean())
-            assert rows[row, network] == pytest.approx(distance, rel=1e-12)  # sums in another order
+    for scheme, name in product(kernels, kernels):
+        left = np.linalg.matrix_power(np.eye(3) - 0.3 / 3 * kernels[name], 4)
+        for row, width in enumerate(size.widths):
+            made = module.paths(scheme, width, X, Y, seeds=module.own_seeds(run, row, 3), **common)
+            for network, f in enumerate(made.f):
+                distance = np.sqrt(((f[-1] - Y - left @ (f[0] - Y)) ** 2).mean())
+                # sums in another order
+                assert found[scheme][name][row, network] == pytest.approx(distance, rel=1e-12)
 
 
 def test_the_interval_of_a_slope_resamples_the_networks_of_each_width_on_its_own(module):
