@@ -3,6 +3,7 @@
 import tracemalloc
 
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from nnx_models import drawn
@@ -94,6 +95,34 @@ def test_narrow_layers_are_not_sketched_and_sketches_can_be_compared(X):
         record_features(net(), X, **OUTPUT, reference=snapshots[0], max_features=16, seed=3)
     with pytest.raises(ValueError, match=r"must have shape \(6, 8\), got \(6, 16\)"):
         record_features(net(), X, **OUTPUT, reference=snapshots[0], max_features=8)
+
+
+def test_later_snapshots_compile_nothing(X):
+    traced = []
+
+    def forward(model, x):
+        traced.append(len(x))
+        return model(x)
+
+    model, batches = net(), [X[:4], X[4:]]
+    options = {"forward": forward, "max_features": 16, "passes": 2}
+    before = recorded(model, batches, **options)
+    optimizer = nnx.Optimizer(model, optax.sgd(0.5), wrt=nnx.Param)
+    optimizer.update(model, nnx.grad(lambda m: m(X).mean())(model))
+    after = recorded(model, batches, **options)
+    assert traced == [4, 2]
+    assert np.abs(after.features - before.features).max() > 1e-3
+
+
+def test_a_model_that_jit_could_not_hash_is_recorded(X):
+    class Listed(nnx.Linear):
+        """A set among its attributes."""
+
+    model = Listed(D, n, use_bias=False, rngs=nnx.Rngs(0))
+    model.names = {"a", "b"}
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(nnx.graphdef(model))
+    assert recorded(model, X).features == pytest.approx(X @ np.asarray(model.kernel[...]), abs=1e-6)
 
 
 class Shuffled:

@@ -1,11 +1,15 @@
-"""One nnx model as a jitted function from a batch to matrices of features, sketched and cut into columns.
+"""One nnx model as jitted functions from a batch to matrices of features, sketched and cut into columns.
 
-The model is merged anew inside the function, set to evaluation there, and watched by `capture`: the user's
-objects, statistics and random states stay as they are.
+The model is merged anew inside them, set to evaluation there, and watched by `capture`: the user's objects,
+statistics and random states stay as they are. What does not change in training, a `Plan`, is a static
+argument of functions that live as long as this module, so a second snapshot compiles nothing.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, Literal
 from zlib import crc32
 
@@ -20,8 +24,43 @@ from .capture import capture, named_modules
 
 When = Literal["pre", "post", "both"]
 Reduce = Literal["flatten", "mean", "tokens"] | Callable[[Array], Array]
+# Unlike a dictionary, which jit sorts, it comes back with the layers in the order of their calls.
+Matrices = OrderedDict[str, Array]
 
 __all__ = ["Reduce", "Run", "When", "on_host"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What of a model is recorded.
+
+    Attributes:
+        graph: the model's graph definition.
+        names: paths of the modules that are watched.
+        weighted: paths of all weight layers.
+        auto: whether the layers were chosen by "auto".
+        when: "pre", "post" or "both".
+        reduce: see `record_features`.
+        forward: called with (model, batch).
+    """
+
+    graph: Any
+    names: tuple[str, ...]
+    weighted: frozenset[str]
+    auto: bool
+    when: When
+    reduce: Reduce
+    forward: Callable[[Any, Any], Any]
+
+
+class _Unhashable(Plan):
+    """A plan equal to itself only, for a model with a list or an array among its plain attributes."""
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
 
 
 class Run:
@@ -62,22 +101,19 @@ class Run:
         passes: int,
     ) -> None:
         modules = named_modules(model)
-        self.names = _chosen(modules, layers)
-        self.weighted = {name for name in modules if _is_weight_layer(modules[name])}
-        self.auto, self.when, self.forward = layers == "auto", when, forward or _default_forward
-        self.reduce: Reduce = reduce
+        graph, self.state = nnx.split(model)
+        weighted = frozenset(name for name in modules if _is_weight_layer(modules[name]))
+        parts = (graph, _chosen(modules, layers), weighted, layers == "auto", when, reduce)
+        self.plan = _plan(*parts, forward or _default_forward)
         self.max_features, self.seed, self.passes = max_features, seed, passes
-        self.graph, self.state = nnx.split(model)
         self.widths: dict[str, int] = {}
         self._sketches: dict[str, Array] = {}
-        self._jitted = jax.jit(self._columns)
 
     def __call__(self, batch: Any, index: int) -> dict[str, Float[np.ndarray, "samples columns"]]:
-        if self.max_features is not None and not self.widths:
-            jax.eval_shape(self._matrices, self.state, batch)
-            wide = {name: n for name, n in self.widths.items() if n > self.max_features}
-            self._sketches = {name: jnp.asarray(self._sketch(name, n)) for name, n in wide.items()}
-        found = self._jitted(self.state, batch, self._sketches, index)
+        self._see(
+            {name: m.shape[1] for name, m in _matrices.eval_shape(self.plan, self.state, batch).items()}
+        )
+        found = _columns(self.plan, self.passes, self.state, batch, self._sketches, index)
         return {
             # beyond them is the filling
             name: on_host(found[name])[:, : len(range(index, self.dimension(name), self.passes))]
@@ -92,68 +128,80 @@ class Run:
         """Whether a layer is replaced by a sketch."""
         return self.dimension(name) < self.widths[name]
 
-    def _sketch(self, name: str, n: int) -> Float[np.ndarray, "n columns"]:
+    def _see(self, widths: dict[str, int]) -> None:
+        """Takes over the layers of the first batch, and compares those of later ones."""
+        if not self.widths:
+            self.widths = widths
+            wide = [name for name in widths if self.sketched(name)]
+            self._sketches = {name: jnp.asarray(self._sketch(name)) for name in wide}
+        if list(widths) != list(self.widths):
+            raise ValueError(
+                f"model must call the same layers for every batch, got {list(self.widths)} and {list(widths)}"
+            )
+        for name, n in widths.items():
+            if n != self.widths[name]:
+                raise ValueError(
+                    f"layer {name!r} must have one number of features in all batches, got "
+                    f"{self.widths[name]} and {n}; for inputs of varying length give reduce='mean' or "
+                    "'tokens'"
+                )
+
+    def _sketch(self, name: str) -> Float[np.ndarray, "n columns"]:
         """Gaussian matrix that depends on seed, layer and sizes only, not on devices or versions of jax."""
+        n = self.widths[name]
         generator = np.random.default_rng([self.seed, crc32(name.encode())])
-        normal = generator.standard_normal((n, self.max_features or 0), dtype=np.float32)
+        normal = generator.standard_normal((n, self.dimension(name)), dtype=np.float32)
         # Means over k columns then estimate means over n: (1/k) |sketch|^2 = (1/n) |a|^2 on average.
         return normal / np.float32(n) ** 0.5
 
-    def _columns(self, state: Any, batch: Any, sketches: Mapping[str, Array], index: Any) -> dict[str, Array]:
-        found = self._matrices(state, batch)
-        for name, sketch in sketches.items():
-            # Accelerators multiply float32 with fewer bits unless told otherwise.
-            highest = jax.lax.Precision.HIGHEST
-            found[name] = jnp.matmul(found[name], sketch.astype(found[name].dtype), precision=highest)
-        if self.passes == 1:
-            return found
-        return {name: _every(matrix, index, self.passes) for name, matrix in found.items()}
 
-    def _matrices(self, state: Any, batch: Any) -> dict[str, Float[Array, "samples features"]]:
-        model = nnx.merge(self.graph, state)
-        model.eval()
-        found: dict[str, Array] = {}
-        calls: dict[str, int] = {}
-        # Inputs that were seen; holding them keeps their identities unique.
-        seen: dict[int, Any] = {}
-        progress = {"computed": False, "last": ""}
-
-        def report(name: str, module: nnx.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001
-            calls[name] = calls.get(name, 0) + 1
-            again = "" if calls[name] == 1 else f"#{calls[name]}"
-            weighted = name in self.weighted
-            value, before = _main_array(args), progress["computed"]
-            if value is not None and self.when in ("post" if weighted else "pre", "both"):
-                skipped = self.auto and (id(value) in seen or not before)
-                seen[id(value)] = value
-                if not skipped:
-                    found[f"{name}.input{again}"] = _as_matrix(value, self.reduce)
-            progress["computed"] = before or weighted
-            value = _main_array(output)
-            if value is not None and self.when in ("pre" if weighted else "post", "both"):
-                progress["last"] = f"{name}.output{again}"
-                found[progress["last"]] = _as_matrix(value, self.reduce)
-
-        with capture(model, report, self.names):
-            self.forward(model, batch)
-        if self.auto:
-            found.pop(progress["last"], None)
-        self._check({name: matrix.shape[1] for name, matrix in found.items()})
+@partial(jax.jit, static_argnums=(0, 1))
+def _columns(
+    plan: Plan, passes: int, state: Any, batch: Any, sketches: Mapping[str, Array], index: Any
+) -> Matrices:
+    """What leaves the devices of the matrices of all layers."""
+    found = _matrices(plan, state, batch)
+    for name, sketch in sketches.items():
+        # Accelerators multiply float32 with fewer bits unless told otherwise.
+        highest = jax.lax.Precision.HIGHEST
+        found[name] = jnp.matmul(found[name], sketch.astype(found[name].dtype), precision=highest)
+    if passes == 1:
         return found
+    return OrderedDict((name, _every(matrix, index, passes)) for name, matrix in found.items())
 
-    def _check(self, widths: dict[str, int]) -> None:
-        """Runs where a batch of a new shape is traced."""
-        self.widths = known = self.widths or widths
-        if list(widths) != list(known):
-            raise ValueError(
-                f"model must call the same layers for every batch, got {list(known)} and {list(widths)}"
-            )
-        for name, n in widths.items():
-            if n != known[name]:
-                raise ValueError(
-                    f"layer {name!r} must have one number of features in all batches, got {known[name]} and "
-                    f"{n}; for inputs of varying length give reduce='mean' or 'tokens'"
-                )
+
+@partial(jax.jit, static_argnums=0)
+def _matrices(plan: Plan, state: Any, batch: Any) -> Matrices:
+    """Features (samples, n) of all layers."""
+    model = nnx.merge(plan.graph, state)
+    model.eval()
+    found: Matrices = OrderedDict()
+    calls: dict[str, int] = {}
+    # Inputs that were seen; holding them keeps their identities unique.
+    seen: dict[int, Any] = {}
+    progress = {"computed": False, "last": ""}
+
+    def report(name: str, module: nnx.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001
+        calls[name] = calls.get(name, 0) + 1
+        again = "" if calls[name] == 1 else f"#{calls[name]}"
+        weighted = name in plan.weighted
+        value, before = _main_array(args), progress["computed"]
+        if value is not None and plan.when in ("post" if weighted else "pre", "both"):
+            skipped = plan.auto and (id(value) in seen or not before)
+            seen[id(value)] = value
+            if not skipped:
+                found[f"{name}.input{again}"] = _as_matrix(value, plan.reduce)
+        progress["computed"] = before or weighted
+        value = _main_array(output)
+        if value is not None and plan.when in ("pre" if weighted else "post", "both"):
+            progress["last"] = f"{name}.output{again}"
+            found[progress["last"]] = _as_matrix(value, plan.reduce)
+
+    with capture(model, report, plan.names):
+        plan.forward(model, batch)
+    if plan.auto:
+        found.pop(progress["last"], None)
+    return found
 
 
 def on_host(array: Any) -> np.ndarray:
@@ -170,17 +218,26 @@ def _every(matrix: Float[Array, "samples features"], index: Any, passes: int) ->
     return whole.reshape(len(whole), -1, passes)[:, :, index]
 
 
-def _chosen(modules: Mapping[str, nnx.Module], layers: str | Sequence[str]) -> list[str]:
+def _plan(*parts: Any) -> Plan:
+    plan = Plan(*parts)
+    try:
+        hash(plan)
+    except TypeError:
+        return _Unhashable(*parts)
+    return plan
+
+
+def _chosen(modules: Mapping[str, nnx.Module], layers: str | Sequence[str]) -> tuple[str, ...]:
     if layers == "auto":
         found = [name for name, module in modules.items() if _is_weight_layer(module)]
         if not found:
             raise ValueError("layers='auto' needs a module with a parameter of 2 or more axes, got none")
-        return found
+        return tuple(found)
     patterns = [layers] if isinstance(layers, str) else list(layers)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in modules):
             raise ValueError(f"layers must match modules of the model, {pattern!r} matches none")
-    return [name for name in modules if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    return tuple(name for name in modules if any(fnmatchcase(name, pattern) for pattern in patterns))
 
 
 def _is_weight_layer(module: nnx.Module) -> bool:

@@ -5,8 +5,9 @@
     after = record_features(model, batches, tag="trained")
     print(compare(before, after).to_markdown())
 
-The model is copied inside one jitted function, set to evaluation there, and watched by `capture`: the user's
-objects, statistics and random states stay as they are.
+The model is copied inside a jitted function, set to evaluation there, and watched by `capture`: the user's
+objects, statistics and random states stay as they are. Later snapshots of the same model, layers, `reduce`
+and `forward` use what the first one compiled.
 
 A layer's features leave the devices batch by batch and are held on the host until the loader has been gone
 over, samples x n in the model's precision; then they enter float64 sums by NumPy, 16 MB at a time, whatever
