@@ -403,8 +403,11 @@ def test_standard_practice_in_place_of_mup_fails_c8(module, claims, sized, monke
 
 
 @pytest.mark.slow  # transformers of width 128
-def test_the_transformer_on_text_runs_the_code_of_the_full_scale(claims, sized):
+def test_the_transformer_on_text_runs_the_code_of_the_full_scale(module, claims, sized, monkeypatch):
     sized("TRANSFER", "full", like="full", widths=(128, 256), lrs=(2.0**-9, 2.0**-8, 2.0**-7), steps=2)
+    held_out = module.transfer_runs.TASKS["text"].evaluation
+    monkeypatch.setitem(held_out.__globals__, "EVALUATED", 8)  # 256 would be half of the time of this test
+    assert held_out("cpu")[0].shape == (8, 128)
     found = play(claims["C8"], "full", count=1)
     assert values(found)["loss at the best rate, mup, width 256"] < 8
     assert len(found.figures) == 4
