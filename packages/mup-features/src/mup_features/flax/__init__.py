@@ -15,10 +15,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ._depth import residual_scale
     from .coordinates import coordinate_check
     from .features import empirical_ntk, record_features
-    from .scaling import attention_fn, base_shapes, infer_roles, init_rescale, readout_multiplier, role_table
+    from .scaling import (
+        attention_fn,
+        base_shapes,
+        infer_roles,
+        init_rescale,
+        readout_multiplier,
+        residual_scale,
+        role_table,
+    )
     from .transform import mup_transform
 
 _HOME = {
@@ -31,7 +38,7 @@ _HOME = {
     "mup_transform": "transform",
     "readout_multiplier": "scaling",
     "record_features": "features",
-    "residual_scale": "_depth",
+    "residual_scale": "scaling",
     "role_table": "scaling",
 }
 

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mup_features.depth_rules import residual_scale
 from mup_features.init_laws import Init, init_growth, laws_of
 from mup_features.role_table import format_roles
 from mup_features.roles import BaseShape, Layout, Override, Role, at_base_width, roles_from_shapes
@@ -45,6 +46,7 @@ __all__ = [
     "init_rescale",
     "mup_transform",
     "readout_multiplier",
+    "residual_scale",
     "role_table",
 ]
 

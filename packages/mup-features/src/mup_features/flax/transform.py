@@ -22,10 +22,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mup_features.depth_rules import Depth, blocks_and_ratio, depth_factors
 from mup_features.roles import Role
 from mup_features.width_rules import Alignment, DecayMode, Form, Optimizer, WidthScales, width_scales
-
-from ._depth import Depth, blocks_and_ratio, depth_factors
 
 __all__ = ["MupState", "mup_transform"]
 

@@ -9,21 +9,19 @@ et al. 2025 (arXiv 2505.01618).
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
-from math import isfinite, sqrt
-from typing import Any, Literal
+from math import isfinite
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mup_features.depth_rules import Depth, blocks_and_ratio, depth_factors
 from mup_features.roles import Role
 from mup_features.width_rules import Alignment, DecayMode, Form, Optimizer, WidthScales, width_scales
 
 from ._layouts import unwrapped
 from ._schedules import ScaledLRScheduler
 from .scaling import named_parameters
-
-Depth = Literal["sqrt", "linear"]
 
 __all__ = ["MuAdam", "MuAdamW", "MuSGD", "ScaledLRScheduler", "param_groups"]
 
@@ -82,7 +80,7 @@ def param_groups(
         ValueError: if a number is out of range, a parameter has no role or is in no or two groups.
     """
     _validate(lr, weight_decay, eps, eps_scaling, optimizer)
-    block_names, ratio = _blocks(roles, depth, layers, base_layers, blocks)
+    block_names, ratio = blocks_and_ratio(roles, depth, layers, base_layers, blocks)
     scaled_eps = eps_scaling or (depth == "linear" and optimizer in _WITH_EPSILON)
     parameters = named_parameters(unwrapped(model))
     names = {id(parameter): name for name, parameter in reversed(parameters.items())}
@@ -100,7 +98,7 @@ def param_groups(
                 raise ValueError(f"groups must hold each parameter once, {name!r} appears again")
             seen.add(id(parameter))
             scales = _scales(roles[name], optimizer, form, alignment, weight_decay_mode)
-            lr_factor, eps_factor = _depth_factors(depth, ratio if name in block_names else 1.0, optimizer)
+            lr_factor, eps_factor = depth_factors(depth, ratio if name in block_names else 1.0, optimizer)
             orthogonalised = optimizer == "muon" and roles[name].kind == "hidden" and roles[name].matrix
             numbers = {
                 "lr_scale": scales.lr * lr_factor,
@@ -169,46 +167,6 @@ def _validate(lr: Any, weight_decay: Any, eps: Any, eps_scaling: bool, optimizer
             raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
     if eps_scaling and optimizer not in _WITH_EPSILON:
         raise ValueError(f"eps_scaling needs an Adam optimizer, got {optimizer!r}")
-
-
-def _blocks(
-    roles: Mapping[str, Role],
-    depth: Depth | None,
-    layers: int | None,
-    base_layers: int | None,
-    blocks: str | Sequence[str] | None,
-) -> tuple[set[str], float]:
-    """Names inside residual blocks, and L0/L."""
-    if depth is None:
-        if not (layers is None and base_layers is None and blocks is None):
-            raise ValueError("depth must be 'sqrt' or 'linear' where layers, base_layers or blocks are given")
-        return set(), 1.0
-    if depth not in ("sqrt", "linear"):
-        raise ValueError(f"depth must be 'sqrt', 'linear' or None, got {depth!r}")
-    if layers is None or base_layers is None or layers < 1 or base_layers < 1:
-        raise ValueError(
-            f"layers and base_layers must be >= 1 with depth, got {layers!r} and {base_layers!r}"
-        )
-    if blocks is None:
-        return {name for name, role in roles.items() if role.kind == "hidden"}, base_layers / layers
-    patterns = [blocks] if isinstance(blocks, str) else list(blocks)
-    inside = {name for name in roles if any(fnmatchcase(name, pattern) for pattern in patterns)}
-    if not inside:
-        raise ValueError(f"blocks must match some parameter, got {blocks!r}")
-    return inside, base_layers / layers
-
-
-def _depth_factors(depth: Depth | None, ratio: float, optimizer: Optimizer) -> tuple[float, float]:
-    """Factors of rate and epsilon inside blocks whose branches are scaled by sqrt(ratio) or ratio = L0/L.
-
-    L branches, each scaled by s, add up L s times the effect of an update of fixed size, or L s^2 times
-    that of a gradient, which is smaller by s itself.
-    """
-    if depth == "sqrt":
-        return (1.0 if optimizer == "sgd" else sqrt(ratio)), 1.0
-    if depth == "linear":
-        return (1.0 / ratio if optimizer == "sgd" else 1.0), ratio
-    return 1.0, 1.0
 
 
 def _scales(

@@ -18,11 +18,12 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from math import sqrt
-from typing import Literal, TypeVar, get_args
+from typing import TypeVar, get_args
 
 import torch
 from torch import nn
 
+from mup_features.depth_rules import residual_scale
 from mup_features.init_laws import Init, Law, init_growth, laws_of
 from mup_features.role_table import format_roles
 from mup_features.roles import Override, Role, at_base_width, roles_from_shapes
@@ -213,26 +214,6 @@ def attention_scale(d_head: int, base_d_head: int) -> float:
         if not value >= 1:
             raise ValueError(f"{name} must be >= 1, got {value!r}")
     return sqrt(base_d_head) / d_head
-
-
-def residual_scale(depth: int, base_depth: int, mode: Literal["sqrt", "linear"] = "sqrt") -> float:
-    """Multiplier of residual branches: sqrt(L0/L), or L0/L for `linear`; see `depth` of `param_groups`.
-
-    Args:
-        depth: number L of residual blocks, >= 1.
-        base_depth: that of the base model, >= 1.
-        mode: "sqrt" or "linear".
-
-    Raises:
-        ValueError: if a value is out of range.
-    """
-    for name, value in (("depth", depth), ("base_depth", base_depth)):
-        if not value >= 1:
-            raise ValueError(f"{name} must be >= 1, got {value!r}")
-    if mode not in ("sqrt", "linear"):
-        raise ValueError(f"mode must be 'sqrt' or 'linear', got {mode!r}")
-    ratio = base_depth / depth
-    return ratio if mode == "linear" else sqrt(ratio)
 
 
 def base_shapes(model: nn.Module) -> dict[str, BaseShape]:

@@ -16,8 +16,8 @@ from fnmatch import fnmatchcase
 from math import sqrt
 from typing import Literal
 
-from mup_features.roles import Role
-from mup_features.width_rules import Optimizer
+from .roles import Role
+from .width_rules import Optimizer
 
 Depth = Literal["sqrt", "linear"]
 
@@ -25,7 +25,9 @@ __all__ = ["Depth", "blocks_and_ratio", "depth_factors", "residual_scale"]
 
 
 def residual_scale(depth: int, base_depth: int, mode: Depth = "sqrt") -> float:
-    """Multiplier of residual branches: sqrt(L0/L), or L0/L for `linear`; see `depth` of `mup_transform`.
+    """Multiplier of residual branches: sqrt(L0/L), or L0/L for `linear`.
+
+    `param_groups` (torch) and `mup_transform` (flax) have the rates that belong to it, as `depth`.
 
         h = h + residual_scale(len(self.blocks), 4) * block(h)
 
