@@ -1,17 +1,16 @@
 """The limit by response functions and trapezoids, against references and by other means than sampling."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import ETA, R1_F, R1_K, X, Y, identity_limit
+from reference import ETA, R1_F, R1_K, X, Y, effective, identity_limit, train_networks
+from reference_network import draw_weights
 from reference_single_input import one_layer
 
 from mup_features.jax import quadrature
 from mup_features.jax.quadrature import quadrature_trajectory
 from mup_features.jax.run_plan import checked_data, settings
 from mup_features.jax.single_site import fields_of, grid
-from mup_features.jax.width import WidthSimulator
 
 ONE = np.ones((1, 1))
 
@@ -91,15 +90,23 @@ def test_r1_of_one_layer_with_all_that_is_recorded(x64):
 
 
 def test_two_outputs_and_a_schedule_of_rates_agree_with_wide_networks(x64):
-    y = np.array([[1.0, -0.4]])
-    options = {"lr": 0.4, "lr_schedule": lambda t: 1.0 / (1 + t), "reduction": "mean", "sigma": 1.3}
+    y, width, sigma = np.array([[1.0, -0.4]]), 10_000, 1.3
+    options = {"lr": 0.4, "lr_schedule": lambda t: 1.0 / (1 + t), "reduction": "mean", "sigma": sigma}
     got = run(ONE, y, 2, depth=1, record=("K", "G"), points=61, **options)
-    wide = WidthSimulator(
-        10_000, depth=1, input_dim=1, output_dim=2, replicas=8, key=jax.random.key(0), **options
-    ).fit(ONE, y, 2)
-    for name in ("f", "K_pre", "K_post", "G"):
+    variances, rates = effective("mup", width, 1, 0.4)
+    weights = draw_weights(np.random.default_rng(0), sigma**2 * np.asarray(variances), width, 1, 2, 8)
+    wide = train_networks(
+        weights, rates / 2, ONE, y, 2, phi=np.tanh, dphi=lambda x: 1 / np.cosh(x) ** 2, rates_0=rates
+    )
+    grams = {
+        name: np.stack([layer[0] @ layer[0].swapaxes(-1, -2) / width for layer in wide[part]])
+        for name, part in (("K_pre", "pre"), ("K_post", "post"), ("G", "b"))
+    }
+    for name, values in (("f", wide["f"]), *grams.items()):
+        error = values.std(axis=1, ddof=1) / np.sqrt(8)
         # Four standard errors and the bias, of order 1/n.
-        assert (np.abs(got.mean(name) - wide.mean(name)) < 4 * wide.stderr(name) + 3e-3).all(), name
+        gap = np.abs(got.mean(name).reshape(error.shape) - values.mean(axis=1))
+        assert (gap < 4 * error + 3e-3).all(), name
     np.testing.assert_allclose(got.learning_rates, [0.4, 0.2])
     other = run(ONE, y, 2, depth=1, every=2, points=61, **options)
     np.testing.assert_array_equal(other.steps, [0, 2])

@@ -13,7 +13,7 @@ from mup_features.jax.activations import resolve
 from mup_features.jax.conditioning import RevealedMatrix, grown, orthonormal_rest
 from mup_features.jax.kernels import KernelGD, limiting_kernel
 from mup_features.jax.losses import resolve_loss
-from mup_features.jax.network_step import Network, Rates, Start, new_networks, train_step
+from mup_features.jax.network_step import Network, Start, new_networks, rates_of, train_step
 from mup_features.jax.trajectory import DivergedError
 from mup_features.jax.width import WidthSimulator
 from mup_features.parametrization import Parametrization
@@ -71,8 +71,8 @@ def test_a_real_network_with_the_revealed_weights_trains_the_same(x64, whole, de
     rng = np.random.default_rng(0)
     inputs, y = rng.standard_normal((4, 2)), rng.standard_normal((3, 2))  # three samples and a test input
     batches = [np.array(pair) for pair in ([0, 2], [1, 2], [0, 1], [0, 2])]
-    moving = Rates(*map(jnp.asarray, (rates, rates[0], momentum, shrink)))
-    looking = Rates(*map(jnp.asarray, (0 * rates, 0.0, 0.0, 1.0)))
+    moving = rates_of(rates, rates[0], momentum, shrink)
+    looking = rates_of(0 * rates, 0.0, 0.0, 1.0)
     first, last, got = stepped(
         network,
         jax.random.split(jax.random.key(3), 1),

@@ -8,8 +8,10 @@ fixed kernel.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal, NamedTuple, get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
@@ -200,17 +202,41 @@ class KernelGD:
             raise ValueError(f"steps must be finite and >= 0, got {steps!r}")
         if not continuous and (times != np.floor(times)).any():
             raise ValueError(f"steps must be whole numbers unless continuous=True, got {steps!r}")
-        residual = jnp.broadcast_to(jnp.asarray(f0, y.dtype), y.shape) - y
-        modes = self.eigenvectors.T @ residual.reshape(len(y), -1)
-        decay, passed = _spectral_factors(self.lr * self.eigenvalues, jnp.asarray(times, y.dtype), continuous)
-        shape = times.shape
-        train = y + (self.eigenvectors @ (decay[..., None] * modes)).reshape(*shape, *y.shape)
-        if self.theta_test is None:
-            return KernelPrediction(train, None)
-        summed = self.lr * self.eigenvectors @ (passed[..., None] * modes)
-        test_shape = (len(self.theta_test), *y.shape[1:])
-        start = jnp.broadcast_to(jnp.asarray(f0_test, y.dtype), test_shape)
-        return KernelPrediction(train, start - (self.theta_test @ summed).reshape(*shape, *test_shape))
+        return _descended(
+            self.eigenvalues,
+            self.eigenvectors,
+            self.theta_test,
+            self.lr,
+            y,
+            jnp.asarray(f0, y.dtype),
+            jnp.asarray(f0_test, y.dtype),
+            jnp.asarray(times, y.dtype),
+            continuous,
+        )
+
+
+@partial(jax.jit, static_argnames="continuous")
+def _descended(
+    eigenvalues: Float[Array, " n"],
+    eigenvectors: Float[Array, "n n"],
+    theta_test: Float[Array, "m n"] | None,
+    lr: float,
+    y: Float[Array, "n *outputs"],
+    f0: Float[Array, "..."],
+    f0_test: Float[Array, "..."],
+    times: Float[Array, "*steps"],
+    continuous: bool,
+) -> KernelPrediction:
+    """The outputs, with all steps in one program."""
+    modes = eigenvectors.T @ (jnp.broadcast_to(f0, y.shape) - y).reshape(len(y), -1)
+    decay, passed = _spectral_factors(lr * eigenvalues, times, continuous)
+    train = y + (eigenvectors @ (decay[..., None] * modes)).reshape(*times.shape, *y.shape)
+    if theta_test is None:
+        return KernelPrediction(train, None)
+    summed = lr * eigenvectors @ (passed[..., None] * modes)
+    shape = len(theta_test), *y.shape[1:]
+    moved = (theta_test @ summed).reshape(*times.shape, *shape)
+    return KernelPrediction(train, jnp.broadcast_to(f0_test, shape) - moved)
 
 
 def _spectral_factors(

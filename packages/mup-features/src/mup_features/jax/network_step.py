@@ -5,11 +5,13 @@ W^l <- W^l - (rate_l / n) sum_i b^l(i) x^{l-1}(i)^T. The first layer acts on coo
 orthonormal basis of their span, which has the same distribution and the same training.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
@@ -18,7 +20,7 @@ from .conditioning import DenseMatrix, Draw, RevealedMatrix, Rows, dense_matrix,
 from .losses import Loss
 from .width_sharding import copied, spread
 
-__all__ = ["Network", "NetworkState", "Rates", "Start", "new_networks", "train_step", "with_room"]
+__all__ = ["Network", "NetworkState", "Rates", "Start", "new_networks", "rates_of", "train_step", "with_room"]
 
 
 class Network(NamedTuple):
@@ -59,6 +61,13 @@ class Rates(NamedTuple):
     bias: Float[Array, ""]
     momentum: Float[Array, ""]
     shrink: Float[Array, ""]
+
+
+def rates_of(
+    layers: Sequence[float] | Float[np.ndarray, " layers"], bias: float, momentum: float, shrink: float
+) -> Rates:
+    """The numbers as arrays of one type: Python's and NumPy's differ to the compiler."""
+    return Rates(*(jnp.asarray(number, jnp.float64) for number in (layers, bias, momentum, shrink)))
 
 
 class NetworkState(NamedTuple):

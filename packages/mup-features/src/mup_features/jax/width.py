@@ -19,7 +19,7 @@ from mup_features.parametrization import Parametrization
 
 from .activations import Elementwise
 from .losses import Reduction, SampleLoss
-from .network_step import Network, Rates, Start, new_networks, train_step, with_room
+from .network_step import Network, Rates, Start, new_networks, rates_of, train_step, with_room
 from .run_plan import RECORDABLE, Data, batch_at, checked_count, checked_data, recorded_steps, settings
 from .trajectory import DivergedError, Trajectory
 from .width_sharding import mesh_over
@@ -246,11 +246,11 @@ class _Run:
 
     def _step_rates(self, t: int) -> Rates:
         s = self.settings
-        if t == self.steps:  # only looked at
-            return Rates(jnp.zeros(s.depth + 1), *map(jnp.asarray, (0.0, 0.0, 1.0)))
-        layers = s.parametrization.rates(self.simulator.width, s.depth, self.rates[t], step=t)
-        shrink = 1.0 - self.rates[t] * s.weight_decay
-        return Rates(jnp.asarray(layers), *map(jnp.asarray, (layers[0], s.momentum, shrink)))
+        layers, momentum, shrink = [0.0] * (s.depth + 1), 0.0, 1.0  # the last step only looks
+        if t < self.steps:
+            layers = s.parametrization.rates(self.simulator.width, s.depth, self.rates[t], step=t)
+            momentum, shrink = s.momentum, 1.0 - self.rates[t] * s.weight_decay
+        return rates_of(layers, layers[0], momentum, shrink)
 
     def trajectory(self, groups: list[dict[str, np.ndarray]]) -> Trajectory:
         """All replicas together."""
