@@ -109,7 +109,7 @@ def test_snapshots_that_do_not_belong_together_are_refused(pair):
     ]
     for first, second, message in [
         (init, FeatureSnapshot.from_arrays({"other": pair[0]["fc1"]}, "t"), "must share a layer"),
-        (init, narrow, r"one \(width, sketch\) in both snapshots, got \(80, None\) and \(9, None\)"),
+        (init, narrow, r"one \(width, sketch\) in all snapshots, got \(80, None\) and \(9, None\)"),
         (init, fewer, "must have the 4 samples of 'init', got 3"),
         (init, foreign, "recorded against another reference"),
         (*keyed, "the inputs differ"),

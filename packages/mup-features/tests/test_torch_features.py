@@ -216,6 +216,20 @@ def test_a_sketch_keeps_inner_products_and_is_the_same_for_any_batches(X):
     assert np.abs(other.gram - found.gram).max() > 1e-4
 
 
+def test_sketches_of_different_seeds_are_not_compared(X):
+    wide = nn.Sequential(nn.Linear(D, 64), nn.Tanh(), nn.Linear(64, 1))
+    first = FeatureRecorder(wide, max_features=8).snapshot([X], "first")
+    other = FeatureRecorder(wide, max_features=8, seed=1)
+    with pytest.raises(
+        ValueError, match=r"one \(width, sketch\) .*\(8, 'torch', 0\)\) and .* 'torch', 1\)\)"
+    ):
+        compare(first, other.snapshot([X], "other"))
+    with pytest.raises(
+        ValueError, match="must be a sketch by torch with seed 1, got one by torch with seed 0"
+    ):
+        other.snapshot([X], "other", reference=first)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_grams_are_sums_of_exact_products_in_every_precision(dtype, X):
     torch.manual_seed(0)

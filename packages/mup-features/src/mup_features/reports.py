@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from . import similarity
 from ._files import to_json, write_json
-from .snapshots import FeatureSnapshot, LayerFeatures
+from .snapshots import FeatureSnapshot, LayerFeatures, sketch_of
 from .spectra import as_gram, spectral_measures, spectrum
 
 # Columns of the table, in this order; JSON has every measure.
@@ -112,8 +112,8 @@ def compare(
         between: snapshots of times in between, for a joint Gram of all times; all must have kept features.
 
     Raises:
-        ValueError: if the samples differ, no layer is shared, widths differ, or `after` was recorded against
-            another reference than `before`.
+        ValueError: if the samples differ, no layer is shared, widths or sketches (columns, library, seed)
+            differ, or `after` was recorded against another reference than `before`.
     """
     names = [name for name in before.layers if name in after.layers]
     if not names:
@@ -129,11 +129,12 @@ def compare(
     measures, spectra, grams = {}, {}, {}
     for name in names:
         first, last = before.layers[name], after.layers[name]
-        sizes = [(layer.width, layer.sketch) for layer in (first, last)]
-        if sizes[0] != sizes[1]:
+        holders = [snapshot for snapshot in (before, after, *between) if name in snapshot.layers]
+        sizes = [(snapshot.layers[name].width, sketch_of(snapshot, name)) for snapshot in holders]
+        if len(set(sizes)) > 1:
             raise ValueError(
-                f"layer {name!r} must have one (width, sketch) in both snapshots, "
-                f"got {sizes[0]} and {sizes[1]}"
+                f"layer {name!r} must have one (width, sketch) in all snapshots, "
+                f"got {' and '.join(str(size) for size in dict.fromkeys(sizes))}"
             )
         K0, K = as_gram(first.gram), as_gram(last.gram)
         found = _own_measures(first, "before", targets, labels)

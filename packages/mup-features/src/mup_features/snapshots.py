@@ -244,6 +244,29 @@ def reference_features(reference: FeatureSnapshot | Mapping[str, ArrayLike], nam
     return found.features
 
 
+def sketch_of(snapshot: FeatureSnapshot, name: str) -> tuple[int, str, Any] | None:
+    """What makes the sketch of a layer: columns, library that drew it, and seed; None if it is whole."""
+    columns = snapshot.layers[name].sketch
+    if columns is None:
+        return None
+    library = str(snapshot.metadata.get("framework", "")).partition(" ")[0]
+    return columns, library, snapshot.metadata.get("seed")
+
+
+def check_sketch(reference: FeatureSnapshot, name: str, library: str, seed: int) -> None:
+    """Refuses a reference whose sketch of a layer is another one: its columns mean something else.
+
+    Raises:
+        ValueError: if the reference's layer is whole, or sketched by another library or with another seed.
+    """
+    made = sketch_of(reference, name)
+    if made is None or made[1:] != (library, seed):
+        raise ValueError(
+            f"reference of layer {name!r} must be a sketch by {library} with seed {seed}, got "
+            f"{'whole features' if made is None else f'one by {made[1]} with seed {made[2]}'}"
+        )
+
+
 def _consistent(name: str, layer: LayerFeatures) -> None:
     N = len(layer.gram)
     expected = {"gram": (N, N), "cross": (N, N), "displacement": (N,), "reference_squares": (N,)}

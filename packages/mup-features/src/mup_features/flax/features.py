@@ -32,7 +32,7 @@ from flax import nnx
 from jaxtyping import Float
 
 from mup_features.similarity import saturation_fraction
-from mup_features.snapshots import FeatureSnapshot, LayerFeatures, reference_features
+from mup_features.snapshots import FeatureSnapshot, LayerFeatures, check_sketch, reference_features
 from mup_features.streaming import StreamingGram
 
 from ._runs import Reduce, Run, When, on_host
@@ -207,11 +207,8 @@ def _of_snapshot(reference: FeatureSnapshot, name: str, run: Run, samples: int) 
     if stored.shape != (samples, run.dimension(name)):
         expected = (samples, run.dimension(name))
         raise ValueError(f"reference of layer {name!r} must have shape {expected}, got {stored.shape}")
-    if run.sketched(name) and reference.metadata.get("seed") != run.seed:
-        raise ValueError(
-            f"reference of layer {name!r} must be a sketch of seed {run.seed}, got seed "
-            f"{reference.metadata.get('seed')!r}"
-        )
+    if run.sketched(name):
+        check_sketch(reference, name, "jax", run.seed)
     return stored
 
 

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mup_features.snapshots import FeatureSnapshot, LayerFeatures, reference_features
+from mup_features.snapshots import FeatureSnapshot, LayerFeatures, check_sketch, reference_features
 
 from .captures import Capture, Reduce, When, as_matrix, is_compiled, tensors_of
 from .gram_sums import GramSums, Group, Shard, require_float64
@@ -218,6 +218,8 @@ class FeatureRecorder:
     ) -> Tensor:
         """This rank's and this pass' part of the features that a reference snapshot kept."""
         stored = torch.from_numpy(reference_features(against, name))
+        if layer.sketched:
+            check_sketch(against, name, "torch", self.seed)
         sums = layer.require_sums()
         if sums.split and self.group is not None:
             start = sum(sums.counts[: self.group.rank])
