@@ -11,7 +11,7 @@ Data are scikit-learn's digits, two points for C6 (and C7 at quick scale), at fu
 and C5 and the standard library's source for C8. Networks train in float64 by full-batch gradient descent, but
 Adam in float32 in C8. The neighbours hold the parts: `sizes.py`, `data_sets.py` and `cifar.py`, `networks.py`
 (real networks), `scheme_measures.py` (C1-C3), `diversity.py` (C4), `minima.py` (C5), `towards_limits.py` (C6,
-C7), `tasks.py`, `transformer.py` and `transfer_runs.py` (C8), `charts.py`, `stage.py` (float64, devices).
+C7), `tasks.py`, `transformer.py` and `transfer_runs.py` (C8), `charts.py`, `stage.py` (accelerators).
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ from data_sets import load
 from diversity import precise_enough
 from networks import paths
 from sizes import CONVERGENCE, DIVERSITY, KERNEL, MINIMUM, SCHEMES, TRANSFER, at_scale
-from stage import accelerators, float64
+from stage import accelerators
 from towards_limits import from_kernels, own_seeds, slope_of_rmse
 
 from mup_features import classify
 from mup_features.jax import InfiniteWidthMLP, limiting_kernel
+from mup_features.jax.precision import float64
 from tenfold_tools.claims import Measurement, Number, Run, above, below, claim, within
 
 PAPER = "Chen et al. 2025 (arXiv 2503.09565)"

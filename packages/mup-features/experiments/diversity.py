@@ -10,10 +10,10 @@ import jax
 import numpy as np
 from data_sets import few_digits
 from sizes import Diversity
-from stage import float64
 
 from mup_features import check_independence
 from mup_features.jax import InfiniteWidthMLP, Trajectory
+from mup_features.jax.precision import float64
 from tenfold_tools.claims import Criterion, Number, Run, Verdict
 
 LARGEST_BIAS = 0.5  # by sampling, as a share of lambda_min

@@ -12,9 +12,9 @@ import torch
 from data_sets import load
 from networks import gram_matrices, side_by_side, train
 from sizes import Schemes
-from stage import float64
 
 from mup_features.jax import InfiniteWidthMLP
+from mup_features.jax.precision import float64
 from mup_features.similarity import change, relative_frobenius_change
 from mup_features.spectra import eigenvalue_floor, lambda_min
 from tenfold_tools.claims import Number, Run

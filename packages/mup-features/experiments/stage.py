@@ -1,22 +1,12 @@
-"""Where claims are computed: float64 in jax, and the accelerators that the full scale needs."""
+"""Where claims are computed: the accelerators that the full scale needs."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 
 from tenfold_tools.claims import NotRun, Run
-
-
-def float64() -> AbstractContextManager:
-    """Context in which jax computes in float64, in every supported version."""
-    if hasattr(jax, "enable_x64"):
-        return jax.enable_x64(True)
-    from jax.experimental import enable_x64  # jax < 0.8
-
-    return enable_x64()
 
 
 def require_gpu(run: Run, what: str) -> None:

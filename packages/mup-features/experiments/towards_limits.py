@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 from networks import side_by_side, train
 from sizes import Kernel
-from stage import float64
 
 from mup_features.jax import KernelGD
+from mup_features.jax.precision import float64
 from tenfold_tools.claims import Number, Run
 
 RESAMPLES = 999

@@ -1,5 +1,7 @@
 """Runs of the limit that are taken up again: what was saved, interrupted or continued."""
 
+import threading
+
 import jax
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ from limit_runs import KEY, limit
 from precision import float64
 from reference import X, Y
 
-from mup_features.jax import limit_run
+from mup_features.jax import limit_run, replica
 
 OPTIONS = {"depth": 3, "batch": 1, "momentum": 0.5, "weight_decay": 0.1}
 TEST = np.array([[0.2, -0.4]])
@@ -34,6 +36,21 @@ def test_a_continued_run_is_the_uninterrupted_one_bit_for_bit(x64, whole):
     assert model.fit(X, Y, 3, X_test=TEST, every=2).steps.tolist() == [0, 2, 3]
     assert model.resume(5).steps.tolist() == [0, 2, 4, 5]
     assert_same(model.resume(7), whole)
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_replicas_side_by_side_are_those_one_after_another(x64, whole, monkeypatch, cores):
+    threads = set()
+    product = replica.product
+
+    def noted(*args, **options):
+        threads.add(threading.get_ident())
+        return product(*args, **options)
+
+    monkeypatch.setattr(replica, "product", noted)
+    monkeypatch.setattr(limit_run.os, "cpu_count", lambda: cores)
+    assert_same(limit(**OPTIONS).fit(X, Y, 7, X_test=TEST, every=2), whole)
+    assert (len(threads) > 1) == (cores > 1)
 
 
 def test_a_saved_run_is_taken_up_bit_for_bit(x64, whole, tmp_path):

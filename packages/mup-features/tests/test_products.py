@@ -222,13 +222,13 @@ def test_learned_parts_cover_directions_that_came_after_the_last_update(layers):
     np.testing.assert_allclose(change, expected, atol=1e-11)
 
 
-@pytest.mark.parametrize(("new", "blocks"), [(3, 1), (70, 2), (150, 3)])
+@pytest.mark.parametrize(("new", "blocks"), [(3, 1), (20, 1), (40, 2), (150, 5)])
 def test_blocks_hold_columns_in_order_however_they_arrive(x64, new, blocks):
     given = jnp.asarray(np.random.default_rng(0).standard_normal((8, 2 * new)))
     held, used = (), 0
     for start, count in ((0, new), (new, new - 1), (2 * new - 1, 1)):
         block = jnp.pad(given[:, start : start + count], ((0, 0), (0, new - count)), constant_values=9.0)
-        held, used = appended(held, used, block, count), used + count
+        held, used = appended(held, used, block, count, 64), used + count
     assert len(held) == blocks
     np.testing.assert_array_equal(columns(held, used), given)
     assert not np.concatenate(held, axis=1)[:, used:].any()

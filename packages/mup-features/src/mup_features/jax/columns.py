@@ -16,8 +16,6 @@ from jaxtyping import Array, Float
 Columns = Float[Array, "points columns"]
 Small = Float[np.ndarray, "rows columns"]
 
-SMALLEST_BLOCK, LARGEST_BLOCK = 16, 128
-
 __all__ = [
     "Columns",
     "Small",
@@ -76,14 +74,23 @@ def without(value: Columns, blocks: Sequence[Columns]) -> Columns:
     return plus(value, blocks, -inner(blocks, value))
 
 
-def appended(blocks: tuple[Columns, ...], used: int, new: Columns, count: int) -> tuple[Columns, ...]:
-    """Blocks with the first `count` columns of `new` behind the `used` columns that they hold."""
+def appended(
+    blocks: tuple[Columns, ...], used: int, new: Columns, count: int, width: int
+) -> tuple[Columns, ...]:
+    """Blocks with the first `count` columns of `new` behind the `used` columns that they hold.
+
+    Args:
+        blocks: [M, its width] each.
+        used: columns that they hold.
+        new: [M, count or more].
+        count: columns to append.
+        width: of blocks to be made.
+    """
     made, end = [], 0
     for block in blocks:
         start, end = end, end + block.shape[1]
         outside = used + count <= start or used >= end
         made.append(block if outside else _written(block, new, used - start, count))
-    width = max(SMALLEST_BLOCK, min(4 * new.shape[1], LARGEST_BLOCK))
     while end < used + count:
         made.append(_new_block(new, used - end, count, width))
         end += width

@@ -5,8 +5,11 @@ step t is known and recorded; `apply` moves the weights. The last step of a run 
 exactly as a longer run would have done, so that a run can be taken up again bit for bit.
 """
 
+import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,6 +22,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 from .columns import Columns, Small, inner, mean_products
 from .fields import FieldSource
 from .losses import Loss
+from .precision import float64
 from .products import Basis, Matrix
 from .replica import (
     Backward,
@@ -147,32 +151,48 @@ class Run:
         if state.prepared:
             return
         batch = self._batch(state.step)
-        prepared, records, starts = [], [], []
-        for number, source in enumerate(self.sources):
-            replica = state.replicas[number]
-            start = state.starts[number] if state.starts else None
+
+        def passes(number: int) -> _Step:
+            replica, source = state.replicas[number], self.sources[number]
             if self.first_step is not None and state.step == 0:
-                step = self._first(self.first_step, replica, source, batch, recording)
-            else:
-                step = self._usual(replica, source, batch, recording, start)
-            state.replicas[number] = step.replica
-            prepared.append(step.prepared)
-            records.append(step.record)
-            starts.append(step.start)
-        self._warn_if_crowded(state)
-        state.prepared = prepared
+                return self._first(self.first_step, replica, source, batch, recording)
+            return self._usual(
+                replica, source, batch, recording, state.starts[number] if state.starts else None
+            )
+
+        # The first step compiles what all replicas share.
+        made = self._of_each_replica(passes, side_by_side=state.step > 0)
+        replicas = [step.replica for step in made]
+        self._warn_if_crowded(state.step, replicas)
+        state.replicas, state.prepared = replicas, [step.prepared for step in made]
         if recording:
             if not state.starts and self.record & {"K", "change"}:
-                state.starts = starts
+                state.starts = [step.start for step in made if step.start is not None]
             state.recorded.append(state.step)
-            state.records.append(records)
+            state.records.append([step.record for step in made])
 
-    def _warn_if_crowded(self, state: LimitState) -> None:
-        used, samples = max(max(replica.fields_used) for replica in state.replicas), self._samples()
+    def _of_each_replica(self, passes: Callable[[int], "_Step"], *, side_by_side: bool) -> list["_Step"]:
+        """The passes of every replica; on the cores of one CPU side by side, as they share nothing."""
+        numbers = range(len(self.sources))
+        cores = min(len(numbers), os.cpu_count() or 1)
+        on_host = self.sources[0][0].sharding is None and jax.default_backend() == "cpu"
+        if not side_by_side or cores == 1 or not on_host:
+            return [passes(number) for number in numbers]
+
+        def on_a_thread(number: int) -> _Step:
+            with float64():
+                return passes(number)
+
+        with ThreadPoolExecutor(cores) as pool:
+            waiting = [pool.submit(copy_context().run, on_a_thread, number) for number in numbers]
+            return [one.result() for one in waiting]
+
+    def _warn_if_crowded(self, step: int, replicas: list[Replica]) -> None:
+        used, samples = max(max(replica.fields_used) for replica in replicas), self._samples()
         if self.layers.match and not self._warned and 4 * used > samples:
             self._warned = True
             warnings.warn(
-                f"at step {state.step} a population of samples={samples} points holds {used} orthonormal "
+                f"at step {step} a population of samples={samples} points holds {used} orthonormal "
                 "fields, more than a quarter: too few degrees of freedom are left to be independent; "
                 "raise samples or tol",
                 stacklevel=5,
@@ -183,18 +203,17 @@ class Run:
 
     def apply(self, state: LimitState) -> None:
         """Move the weights by the prepared step."""
-        batch = self._batch(state.step)
+        inputs = self.train[:, self._batch(state.step)]
         rate = self.settings.rate(state.step)
         step = Step(rate, self.settings.momentum, self.settings.weight_decay)
-        for number, made in enumerate(state.prepared):
-            replica = state.replicas[number]
-            replica = updated(replica, self.train[:, batch], made.signals, made.back, made.chi, step)
+        moved = []
+        for replica, made in zip(state.replicas, state.prepared, strict=True):
+            after = updated(replica, inputs, made.signals, made.back, made.chi, step)
             if self.first_step is not None and state.step == 0:
-                gone = tuple(matrix._replace(scale=0.0) for matrix in replica.matrices)
-                replica = replica._replace(matrices=gone)
-            state.replicas[number] = replica
-        state.prepared = []
-        state.step += 1
+                gone = tuple(matrix._replace(scale=0.0) for matrix in after.matrices)
+                after = after._replace(matrices=gone)
+            moved.append(after)
+        state.replicas, state.prepared, state.step = moved, [], state.step + 1
 
     def _batch(self, step: int) -> Int[np.ndarray, " batch"]:
         return np.asarray(batch_at(self.batch_key, step, self.samples, self.settings.batch))

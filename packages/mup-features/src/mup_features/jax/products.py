@@ -26,6 +26,12 @@ from .columns import Columns, Small, appended, combined, inner, inverse_transpos
 ROUND = 1e-6
 """Directions shorter than this share of the longest wait for the next round: a round loses as many digits."""
 
+FEW = (8, 32, 128)
+"""Numbers of columns that new directions are padded to, if their arguments are more than that."""
+
+SMALLEST_BLOCK, LARGEST_BLOCK = 16, 128
+"""Columns of a block: those of four products, within these bounds."""
+
 DrawFields = Callable[[int, int, Sequence[Columns]], Columns]
 """Number of fields, of columns (the others are zero), and fields that are there; see `Fresh.on`."""
 
@@ -117,23 +123,24 @@ def product(
     longest = max(near.longest, np.sqrt(_gram(x).diagonal().max()))
     rest = plus(x, near.q, -coefficients)
     onlookers: tuple[Columns, ...] = ()
+    width = max(SMALLEST_BLOCK, min(4 * x.shape[1], LARGEST_BLOCK))
     while True:
         gram = _gram(rest)
         if np.sqrt(gram.diagonal().max()) <= tol * longest:
             break
         directions, count = _directions((*near.q, *onlookers), rest, gram / longest**2, tol)
+        columns = directions.shape[1]
         along = inner((directions,), x)
         if matrix.scale:
-            # As many columns each time as x has: one shape is compiled once.
-            fields = fresh(count, x.shape[1], near.g)
+            fields = fresh(count, columns, near.g)
             value = plus(value, (fields,), matrix.scale * along)
         else:
-            fields = _zeros(x)
+            fields = _zeros(directions)
         if extend:
             coefficients = np.concatenate([coefficients, along[:count]])
             near = near._replace(
-                q=appended(near.q, near.rank, directions, count),
-                g=appended(near.g, near.rank, fields, count),
+                q=appended(near.q, near.rank, directions, count, width),
+                g=appended(near.g, near.rank, fields, count, width),
                 rank=near.rank + count,
             )
         else:
@@ -174,11 +181,13 @@ def _directions(known: Sequence[Columns], rest: Columns, gram: Small, tol: float
     largest = np.abs(vectors).argmax(axis=0)
     vectors = vectors * np.sign(np.take_along_axis(vectors, largest[None], axis=0))
     count = max(1, int(np.sum(squares > max(tol**2, ROUND**2 * squares[0]))))
-    mixed = np.zeros_like(vectors)
+    # A few numbers of columns, as each is compiled.
+    columns = next((number for number in FEW if count <= number < len(gram)), len(gram))
+    mixed = np.zeros((len(vectors), columns))
     mixed[:, :count] = vectors[:, :count] / np.sqrt(squares[:count])
     new = without(combined(rest, mixed), known)
     lower = np.linalg.cholesky(inner((new,), new)[:count, :count])
-    straight = np.zeros_like(vectors)
+    straight = np.zeros((columns, columns))
     straight[:count, :count] = inverse_transpose(lower)
     return combined(new, straight), count
 
