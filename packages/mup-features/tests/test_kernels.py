@@ -119,6 +119,7 @@ def test_weights_and_biases_enter_as_in_the_reference(x64, name):
     options = {"depth": 2, "activation": name, "w_std": 1.3, "b_std": 0.4}
     np.testing.assert_allclose(nngp(X, **options), K, atol=1e-10)
     np.testing.assert_allclose(ntk(X, return_layers=True, **options), layers, atol=1e-10)
+    np.testing.assert_allclose(ntk(X, **options), np.sum(layers, axis=0), atol=1e-10)
     stack = nngp(X, return_layers=True, **options)
     assert len(stack) == 3
     np.testing.assert_allclose(stack[-1], K, atol=1e-10)
