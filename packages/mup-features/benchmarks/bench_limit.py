@@ -16,6 +16,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import numpy as np
@@ -44,6 +45,8 @@ class Problem:
         per_class: digits of each of the first classes; 0 for the two points of the reference values.
         classes: number of classes.
         samples: points of a population of the limit.
+        few: points with which a replica errs no more than a network of width 4096, for the memory that it
+            takes; 0 for none.
         tol: tolerance of the limit's bases.
         width: of the torch network.
         wide: of the simulated network; 0 for none.
@@ -58,6 +61,7 @@ class Problem:
     tol: float
     width: int = WIDTH
     wide: int = 0
+    few: int = 0
 
     def data(self) -> tuple[np.ndarray, np.ndarray, str]:
         """Inputs, targets, and how the loss adds up."""
@@ -72,15 +76,15 @@ class Problem:
 
 
 PROBLEMS = {
-    TINY: Problem(2, 2, 0.3, 0, 0, 64, 1e-10, width=16, wide=64),
-    "points": Problem(3, 4, 0.3, 0, 0, 16384, 1e-10, wide=WIDE),
-    "digits-8": Problem(2, 8, 4.0, 1, 8, 8192, 1e-10, wide=WIDE // 10),
+    TINY: Problem(2, 2, 0.3, 0, 0, 64, 1e-10, width=16, wide=64, few=32),
+    "points": Problem(3, 4, 0.3, 0, 0, 16384, 1e-10, wide=WIDE, few=256),
+    "digits-8": Problem(2, 8, 4.0, 1, 8, 8192, 1e-10, wide=WIDE // 10, few=4096),
     "digits-32": Problem(3, 50, 4.0, 4, 8, 32768, 1e-3),
 }
 
 
-def limit_run(problem: Problem, seed: int) -> np.ndarray:
-    """Outputs of one replica of the limit at the last step."""
+def limit_run(problem: Problem, seed: int, samples: int | None = None) -> np.ndarray:
+    """Outputs of one replica of the limit at the last step; of `samples` points instead of the problem's."""
     X, Y, reduction = problem.data()
     model = InfiniteWidthMLP(
         depth=problem.depth,
@@ -88,7 +92,7 @@ def limit_run(problem: Problem, seed: int) -> np.ndarray:
         output_dim=Y.shape[1],
         reduction=reduction,
         lr=problem.lr,
-        samples=problem.samples,
+        samples=samples or problem.samples,
         replicas=1,
         tol=problem.tol,
         key=jax.random.key(seed),
@@ -153,6 +157,8 @@ def measure(name: str, options: Options) -> Comparison:
         f"limit, M {problem.samples}": limit_run,
         f"torch network, width {problem.width}": network_run,
     }
+    if problem.few:
+        runs[f"limit, M {problem.few}"] = partial(limit_run, samples=problem.few)
     if problem.wide:
         runs[f"WidthSimulator, width {problem.wide}"] = simulated_run
     seeds = iter(range(10**6))

@@ -24,7 +24,7 @@ def script(monkeypatch, x64):
 def test_every_method_runs_and_the_limit_costs_its_own_equal_error(script):
     comparison = script.measure("tiny", bench.Options(repeats=3, warmup=1, min_time=0.0))
     rows = {row.name: row for row in comparison.rows}
-    assert set(rows) == {"limit, M 64", "torch network, width 16", "WidthSimulator, width 64"}
+    assert set(rows) == {"limit, M 64", "limit, M 32", "torch network, width 16", "WidthSimulator, width 64"}
     assert all(row.error is None for row in rows.values())
     assert float(rows["limit, M 64"].extra["time to equal error"]) == 1.0
     wide = rows["torch network, width 16"]
