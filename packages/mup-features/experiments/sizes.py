@@ -98,7 +98,7 @@ SMOOTH = (("tanh", 4.0), ("silu", 1.0))
 OTHERS = (("sigmoid", 4.0), ("relu", 1.0))
 DIVERSITY = {
     "quick": Diversity(8, 1, 8, 8192, 4, 1e-10, (("tanh", 4.0),)),
-    "laptop": Diversity(8, 4, 50, 16384, 4, 1e-2, SMOOTH, OTHERS),
+    "laptop": Diversity(8, 4, 50, 8192, 4, 3e-2, SMOOTH, OTHERS),
     "full": Diversity(8, 4, 50, 2**20, 4, 1e-2, SMOOTH, OTHERS, accelerators=2, gpu=True),
 }
 MINIMUM = {
