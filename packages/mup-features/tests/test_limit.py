@@ -315,6 +315,7 @@ def test_too_many_fields_for_the_population_are_warned_of_once_and_then_refused(
         warnings.simplefilter("always")
         model.fit(X, Y, 30, record=())
     assert len(caught) == 1
+    assert caught[0].filename == __file__
     assert "samples=32 points holds 10 orthonormal fields" in str(caught[0].message)
     with pytest.raises(ValueError, match="samples must exceed"):
         limit(samples=4, replicas=1).fit(X, Y, 1)
@@ -326,7 +327,7 @@ def test_too_many_fields_for_the_population_are_warned_of_once_and_then_refused(
         ({"samples": 100}, "samples must be a power of two for Sobol points, got 100"),
         ({"sampler": "halton"}, "sampler must be 'sobol' or 'normal', got 'halton'"),
         ({"method": "exact"}, "method must be 'limit' or 'quadrature', got 'exact'"),
-        ({"tol": 0.0}, r"tol must be in \(0, 1\), got 0.0"),
+        ({"tol": 0.0}, r"tol must be in \[1e-14, 1\), got 0.0"),
         ({"max_rank": 0}, "max_rank must be an integer >= 1, got 0"),
         ({"qmc_dims": -1}, "qmc_dims must be an integer >= 0, got -1"),
         ({"replicas": 0}, "replicas must be an integer >= 1, got 0"),
@@ -387,6 +388,15 @@ def test_activations_with_kinks_are_warned_of(x64):
 def test_without_float64_there_is_no_limit():
     with float64(False), pytest.raises(ValueError, match="jax_enable_x64 must be on"):
         InfiniteWidthMLP(**BASE, key=KEY)
+
+
+def test_float64_must_be_on_whenever_a_run_goes_on(x64):
+    model = limit()
+    model.fit(X, Y, 1, record=())
+    for call in (lambda: model.fit(X, Y, 1), lambda: model.resume(2), model.step):
+        with float64(False), pytest.raises(ValueError, match="jax_enable_x64 must be on"):
+            call()
+    assert len(model.resume(2).f) == 3
 
 
 def test_the_same_key_gives_the_same_numbers_and_another_key_others(x64):

@@ -11,7 +11,7 @@ import pytest
 
 @pytest.mark.slow
 def test_two_devices_give_the_numbers_of_one(tmp_path):
-    flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=2"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
     here = Path(__file__).parent
     done = subprocess.run(
         [sys.executable, here / "limit_on_devices.py", tmp_path / "state.npz"],

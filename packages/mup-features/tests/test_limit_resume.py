@@ -123,8 +123,9 @@ def test_a_state_of_other_settings_is_refused(x64, tmp_path, options, message):
 def test_files_of_other_kinds_are_refused(x64, tmp_path):
     np.savez(tmp_path / "other.npz", a=np.zeros(3))
     (tmp_path / "text.npz").write_text("nothing")
+    (tmp_path / "empty.npz").touch()
     np.savez(tmp_path / "pickle.npz", description=np.array([{}], dtype=object), allow_pickle=True)
-    for name in ("other.npz", "text.npz", "pickle.npz"):
+    for name in ("other.npz", "text.npz", "empty.npz", "pickle.npz"):
         with pytest.raises(ValueError, match=f"must be a state saved by mup_features, got '.*{name}'"):
             limit().load(tmp_path / name)
     with pytest.raises(FileNotFoundError):

@@ -60,8 +60,9 @@ def test_what_is_missed_of_the_mean_square_bounds_what_is_missed_of_products(x64
         ("elu", 0.3, 0),
         (lambda x: 0 * x, 1.0, 64),
         (lambda x: jnp.exp(x**2), 1.0, 0),
+        (lambda x: jnp.sin(150 * x), 1.0, 0),  # at the nodes it equals a slow sine
     ],
-    ids=["tame", "usual", "too steep", "kinked", "vanishing", "without moments"],
+    ids=["tame", "usual", "too steep", "kinked", "vanishing", "without moments", "faster than the nodes"],
 )
 def test_terms_are_as_many_as_leave_rounding_only(x64, activation, variance, terms):
     assert enough_terms(resolve(activation), jnp.asarray([variance])) == terms

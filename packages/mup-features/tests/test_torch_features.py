@@ -224,10 +224,11 @@ def test_sketches_of_different_seeds_are_not_compared(X):
         ValueError, match=r"one \(width, sketch\) .*\(8, 'torch', 0\)\) and .* 'torch', 1\)\)"
     ):
         compare(first, other.snapshot([X], "other"))
-    with pytest.raises(
-        ValueError, match="must be a sketch by torch with seed 1, got one by torch with seed 0"
-    ):
+    with pytest.raises(ValueError, match=r"must have .* \(64, \(8, 'torch', 1\)\), got \(64, .* 0\)\)"):
         other.snapshot([X], "other", reference=first)
+    wider = nn.Sequential(nn.Linear(D, 96), nn.Tanh(), nn.Linear(96, 1))
+    with pytest.raises(ValueError, match="must have 64 features as the model, got 96"):
+        other.snapshot([X], "other", reference=wider)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

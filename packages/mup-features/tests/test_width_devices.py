@@ -15,11 +15,7 @@ from mup_features.jax.width import WidthSimulator
 
 @pytest.mark.slow
 def test_two_devices_hold_half_of_each_network_and_give_the_numbers_of_one():
-    # The first two make compilation faster.
-    flags = (
-        "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-        " --xla_force_host_platform_device_count=2"
-    )
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
     done = subprocess.run(
         [sys.executable, Path(__file__).parent / "width_on_devices.py"],
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},

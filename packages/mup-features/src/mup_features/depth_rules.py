@@ -75,7 +75,7 @@ def blocks_and_ratio(
         return set(), 1.0
     if depth not in ("sqrt", "linear"):
         raise ValueError(f"depth must be 'sqrt', 'linear' or None, got {depth!r}")
-    if layers is None or base_layers is None or layers < 1 or base_layers < 1:
+    if layers is None or base_layers is None or not (layers >= 1 and base_layers >= 1):
         raise ValueError(
             f"layers and base_layers must be >= 1 with depth, got {layers!r} and {base_layers!r}"
         )

@@ -253,17 +253,36 @@ def sketch_of(snapshot: FeatureSnapshot, name: str) -> tuple[int, str, Any] | No
     return columns, library, snapshot.metadata.get("seed")
 
 
-def check_sketch(reference: FeatureSnapshot, name: str, library: str, seed: int) -> None:
-    """Refuses a reference whose sketch of a layer is another one: its columns mean something else.
+def check_same_features(
+    reference: FeatureSnapshot, name: str, width: int, sketch: tuple[int, str, int] | None
+) -> None:
+    """Refuses a reference whose columns of a layer mean something else.
+
+    Args:
+        reference: the earlier snapshot.
+        name: the layer.
+        width: its features now.
+        sketch: its sketch now, as `sketch_of` gives.
 
     Raises:
-        ValueError: if the reference's layer is whole, or sketched by another library or with another seed.
+        ValueError: if the reference's layer has another width or sketch.
     """
-    made = sketch_of(reference, name)
-    if made is None or made[1:] != (library, seed):
+    then = reference.layers[name].width, sketch_of(reference, name)
+    if then != (width, sketch):
         raise ValueError(
-            f"reference of layer {name!r} must be a sketch by {library} with seed {seed}, got "
-            f"{'whole features' if made is None else f'one by {made[1]} with seed {made[2]}'}"
+            f"reference of layer {name!r} must have (width, sketch) = {(width, sketch)}, got {then}"
+        )
+
+
+def check_same_width(name: str, width: int, reference: int) -> None:
+    """Refuses a reference model whose sketched layer has more or fewer features: sketches are of one size.
+
+    Raises:
+        ValueError: if the widths differ.
+    """
+    if width != reference:
+        raise ValueError(
+            f"reference of layer {name!r} must have {width} features as the model, got {reference}"
         )
 
 

@@ -32,7 +32,13 @@ from flax import nnx
 from jaxtyping import Float
 
 from mup_features.similarity import saturation_fraction
-from mup_features.snapshots import FeatureSnapshot, LayerFeatures, check_sketch, reference_features
+from mup_features.snapshots import (
+    FeatureSnapshot,
+    LayerFeatures,
+    check_same_features,
+    check_same_width,
+    reference_features,
+)
 from mup_features.streaming import StreamingGram
 
 from ._runs import Reduce, Run, When, on_host
@@ -80,7 +86,8 @@ def record_features(
         keep_features: keep the features (or sketches) in the snapshot.
         bounds: range of the activation, to count saturated entries: (-1, 1) for tanh.
         forward: called with (model, batch). By default a batch is an array, a mapping of keyword arguments,
-            or a sequence whose first entry is the input.
+            or a sequence whose first entry is the input. As under jax.jit, what it, `reduce` and the model
+            read beside arrays must not change in place between snapshots.
         max_features: wider layers are replaced by a Gaussian sketch of so many columns as soon as they
             appear. Inner products then have errors of 1 / sqrt(max_features) of the norms. None: no sketch.
         seed: of the sketch, >= 0. The same seed gives the same sketch, whatever the batches and devices.
@@ -112,6 +119,8 @@ def record_features(
                 A0 = _of_snapshot(reference, name, runs[0], len(A))[:, index::passes]
             else:
                 A0 = None if reference is None else _whole(held[1], name)
+                if reference is not None and runs[0].sketched(name):
+                    check_same_width(name, runs[0].widths[name], runs[1].widths[name])
             if name not in total:
                 total[name] = _Layer(name, bounds, len(A), compared=A0 is not None)
             total[name].add(A, A0, keep=keep_features)
@@ -207,8 +216,8 @@ def _of_snapshot(reference: FeatureSnapshot, name: str, run: Run, samples: int) 
     if stored.shape != (samples, run.dimension(name)):
         expected = (samples, run.dimension(name))
         raise ValueError(f"reference of layer {name!r} must have shape {expected}, got {stored.shape}")
-    if run.sketched(name):
-        check_sketch(reference, name, "jax", run.seed)
+    sketch = (run.dimension(name), "jax", run.seed) if run.sketched(name) else None
+    check_same_features(reference, name, run.widths[name], sketch)
     return stored
 
 

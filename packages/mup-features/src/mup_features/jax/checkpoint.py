@@ -99,7 +99,7 @@ def _read(path: str | Path) -> tuple[dict[str, Any], list[np.ndarray]]:
             about = json.loads(file["description"].tobytes())
             if about.get("format") == FORMAT:
                 return about, [file[name] for name in sorted(file.files) if name.startswith("leaf")]
-    except (KeyError, ValueError, TypeError, zipfile.BadZipFile) as error:
+    except (KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"path must be a state saved by mup_features, got {str(path)!r}") from error
     raise ValueError(f"path must hold format {FORMAT}, got {about.get('format')!r} in {str(path)!r}")
 

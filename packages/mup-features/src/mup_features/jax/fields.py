@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Array, UInt32
 from scipy.stats import qmc
 
-from .columns import Columns, Small, combined, inner, inverse_transpose, without
+from .columns import Columns, combined, inner, inverse_transpose, without
 
 Sampler = Literal["sobol", "normal"]
 
@@ -147,17 +147,12 @@ def _plain_normal(index: UInt32[Array, " points"], key: Array, start: int, count
     return jax.scipy.special.ndtri(uniform + 0.0 * index[:, None])
 
 
-def match_moments(new: Columns, earlier: Sequence[Columns], count: int | None = None) -> Columns:
+def match_moments(new: Columns, earlier: Sequence[Columns]) -> Columns:
     """The columns made orthonormal to the constant, to earlier fields and to one another.
 
     Within the block by Cholesky, which is Gram-Schmidt in the order of the columns, so a field does not
     depend on those drawn after it in the same block. Zero columns among the earlier ones do no harm. Once
     more if little was left of a column, for then rounding was a large part of it.
-
-    Args:
-        new: [M, B].
-        earlier: blocks of fields.
-        count: columns to return as they are; the others are zero. None for all.
     """
     left = 0.0
     # Columns have size 1 before; where at least half of it is left, once is as exact as twice.
@@ -165,12 +160,8 @@ def match_moments(new: Columns, earlier: Sequence[Columns], count: int | None = 
         new = without(_centred(new), earlier)
         lower = np.linalg.cholesky(inner((new,), new))
         small, left = inverse_transpose(lower), np.diag(lower).min()
-        new = combined(new, small if left < 0.5 else _first_columns(small, count))
+        new = combined(new, small)
     return new
-
-
-def _first_columns(small: Small, count: int | None) -> Small:
-    return small if count is None else small * (np.arange(small.shape[1]) < count)
 
 
 @jax.jit

@@ -293,7 +293,8 @@ def _kernels(
 
 def _inputs(name: str, X: Float[ArrayLike, "n d"]) -> Float[Array, "n d"]:
     X = jnp.asarray(X)
-    X = X if jnp.issubdtype(X.dtype, jnp.floating) else X.astype(float)
+    # 16 bits hold neither a kernel's small eigenvalues nor the coefficients of a series.
+    X = X.astype(jnp.promote_types(X.dtype, jnp.float32) if jnp.issubdtype(X.dtype, jnp.floating) else float)
     if X.ndim != 2 or not len(X):
         raise ValueError(f"{name} must be [samples, features] with a sample or more, got shape {X.shape}")
     if not bool(jnp.isfinite(X).all()):

@@ -35,10 +35,13 @@ from .limit_run import LimitState, Run
 from .losses import Reduction, SampleLoss
 from .quadrature import quadrature_trajectory
 from .replica import Layers, RankError
-from .run_plan import RECORDABLE, Data, checked_count, checked_data, recorded_steps, settings
+from .run_plan import RECORDABLE, Data, checked_count, checked_data, recorded_steps, require_float64, settings
 from .trajectory import DivergedError, Trajectory
 
 __all__ = ["DivergedError", "InfiniteWidthMLP", "Trajectory"]
+
+SMALLEST_TOL = 1e-14
+"""Below, what rounding leaves of vectors in a basis would pass for new directions."""
 
 
 class InfiniteWidthMLP:
@@ -137,8 +140,8 @@ class InfiniteWidthMLP:
             checked_count("qmc_dims", qmc_dims, 0)
         if max_rank is not None:
             checked_count("max_rank", max_rank, 1)
-        if not 0 < tol < 1:
-            raise ValueError(f"tol must be in (0, 1), got {tol!r}")
+        if not SMALLEST_TOL <= tol < 1:
+            raise ValueError(f"tol must be in [{SMALLEST_TOL}, 1), got {tol!r}")
         if devices is not None and (not devices or samples % len(devices)):
             raise ValueError(
                 f"samples must be a multiple of the number of devices, got {samples!r}, {devices!r}"
@@ -310,6 +313,7 @@ class InfiniteWidthMLP:
         self.state = state
 
     def _begun(self) -> tuple[Run, LimitState]:
+        require_float64()
         if self.state is None or self._run is None:
             raise RuntimeError("there is no state to go on from: call fit, or load a save")
         return self._run, self.state

@@ -195,7 +195,7 @@ class Run:
                 f"at step {step} a population of samples={samples} points holds {used} orthonormal "
                 "fields, more than a quarter: too few degrees of freedom are left to be independent; "
                 "raise samples or tol",
-                stacklevel=5,
+                stacklevel=6,
             )
 
     def _samples(self) -> int:

@@ -40,8 +40,9 @@ class Expansion(NamedTuple):
 
 def enough_terms(activation: Activation, variances: Float[Array, "*shape"]) -> int:
     """The smallest of TERMS that leaves out only rounding of phi and phi' at these variances, or 0."""
-    missed = np.asarray(_missed(activation, variances))
-    small = missed <= 32 * np.finfo(missed.dtype).eps
+    missed, apart = (np.asarray(part) for part in _missed(activation, variances))
+    eps = np.finfo(missed.dtype).eps
+    small = (missed <= 32 * eps) & (apart <= 1024 * eps)
     return next((terms for terms, fits in zip(TERMS, small, strict=True) if fits), 0)
 
 
@@ -80,24 +81,34 @@ def product_means(
 
 
 @partial(jax.jit, static_argnames="activation")
-def _missed(activation: Activation, variances: Float[Array, "*shape"]) -> Float[Array, " choices"]:
-    """Largest share of the mean square of phi or phi' that is left out, for each of TERMS."""
+def _missed(
+    activation: Activation, variances: Float[Array, "*shape"]
+) -> tuple[Float[Array, " choices"], Float[Array, ""]]:
+    """Largest share of the mean square of phi or phi' that each of TERMS leaves out, and the rule's error.
 
-    def worst(f: Elementwise) -> Array:
-        squares = _coefficients(f, variances.ravel(), TERMS[-1]) ** 2
-        kept = jnp.cumsum(squares, axis=0)[np.array(TERMS) - 1]
+    The error is the distance of the coefficients from those by nodes halfway between, relative to all of
+    them: a function that wiggles between nodes looks like a smooth one to either rule, but not like the same.
+    """
+
+    def worst(f: Elementwise) -> tuple[Array, Array]:
+        made = _coefficients(f, variances.ravel(), TERMS[-1])
+        halfway = _coefficients(f, variances.ravel(), TERMS[-1], shift=0.5)
+        kept = jnp.cumsum(made**2, axis=0)[np.array(TERMS) - 1]
         whole = square_mean(f, variances.ravel())
         # A function that vanishes has nothing to miss.
-        missed = jnp.where(whole == 0, 0, 1 - kept / jnp.where(whole == 0, 1, whole))
-        return jnp.max(jnp.abs(missed), axis=1)
+        some = jnp.where(whole == 0, 1, whole)
+        missed = jnp.where(whole == 0, 0, 1 - kept / some)
+        apart = jnp.sqrt(jnp.sum((made - halfway) ** 2, axis=0) / some)
+        return jnp.max(jnp.abs(missed), axis=1), jnp.max(apart)
 
-    return jnp.maximum(worst(activation.phi), worst(activation.dphi))
+    phi, dphi = worst(activation.phi), worst(activation.dphi)
+    return jnp.maximum(phi[0], dphi[0]), jnp.maximum(phi[1], dphi[1])
 
 
 def _coefficients(
-    f: Elementwise, variances: Float[Array, "*shape"], terms: int
+    f: Elementwise, variances: Float[Array, "*shape"], terms: int, shift: float = 0.0
 ) -> Float[Array, "terms *shape"]:
-    nodes, _, polynomials = _rule(terms)
+    nodes, _, polynomials = _rule(terms, shift)
     made = f(_points(variances, nodes)) @ jnp.asarray(polynomials.T, variances.dtype)
     return jnp.moveaxis(made, -1, 0)
 
@@ -107,12 +118,14 @@ def _points(variances: Float[Array, "*shape"], nodes: np.ndarray) -> Float[Array
 
 
 @lru_cache
-def _rule(terms: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _rule(terms: int, shift: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Nodes, weights of the normal density, and these times He_k / sqrt(k!), [terms, nodes].
+
+    Nodes are shifted by a share of the distance between them.
 
     The recursion runs on He_k times the root of the density, which neither overflows nor cancels.
     """
-    nodes = np.linspace(-REACH, REACH, NODES)
+    nodes = np.linspace(-REACH, REACH, NODES) + shift * 2 * REACH / (NODES - 1)
     root = (2 * np.pi) ** -0.25 * np.exp(-(nodes**2) / 4)
     functions, before = [root], np.zeros(NODES)
     for k in range(1, terms):

@@ -42,7 +42,7 @@ class Layers(NamedTuple):
         phi: activation of each hidden layer.
         dphi: their derivatives.
         sigma: standard deviations of the entries of W^1 .. W^{L+1} without their width factors.
-        tol: directions shorter than this, relative to the vector, are dropped.
+        tol: directions shorter than this, relative to the longest argument so far, are dropped.
         max_rank: largest rank of a basis; None for no bound but memory.
         match: whether fields are moment matched.
         initial_products: whether W_0 of layers 2..L acts at all (not under IP, where it vanishes).
@@ -173,17 +173,18 @@ class Fresh:
 
         def draw(count: int, columns: int, known: Sequence[Columns]) -> Columns:
             source, used = self._sources[layer], self.used[layer]
-            if self._layers.match and used + columns >= source.samples:
+            if self._layers.match and used + count >= source.samples:
                 raise RankError(
                     f"the population of layer {layer + 1} has {source.samples} points and would need "
-                    f"{used + columns} orthonormal fields: raise samples or tol"
+                    f"{used + count} orthonormal fields: raise samples or tol"
                 )
-            new = source.draw(used, columns)
+            # A field does not depend on those after it: more of them fill up a shape while there is room.
+            drawn = columns if used + columns < source.samples else count
+            new = source.draw(used, drawn)
             if self._layers.match:
-                # A field does not depend on those after it.
-                new = match_moments(new, (*others, *known, *self._onlookers[layer]), count)
-            else:
-                new = combined(new, np.diag(np.arange(columns) < count).astype(np.float64))
+                new = match_moments(new, (*others, *known, *self._onlookers[layer]))
+            if count < columns:
+                new = combined(new, np.eye(drawn, columns) * (np.arange(columns) < count))
             self.used[layer] += count
             if not keep:
                 self._onlookers[layer] = (*self._onlookers[layer], new)

@@ -23,6 +23,7 @@ __all__ = [
     "checked_count",
     "checked_data",
     "recorded_steps",
+    "require_float64",
     "settings",
 ]
 
@@ -112,10 +113,7 @@ def settings(
     Raises:
         ValueError: for arguments out of range, or if jax is not set to float64.
     """
-    if not jax.config.read("jax_enable_x64"):
-        raise ValueError(
-            "jax_enable_x64 must be on, orthonormal bases need float64; use jax.enable_x64(True)"
-        )
+    require_float64()
     counts = {"depth": depth, "input_dim": input_dim, "output_dim": output_dim, "replicas": replicas}
     for name, value in (counts | ({} if batch is None else {"batch": batch})).items():
         checked_count(name, value, 1)
@@ -168,8 +166,9 @@ def checked_data(
     """Data for these settings.
 
     Raises:
-        ValueError: for wrong shapes or values that are not finite.
+        ValueError: for wrong shapes or values that are not finite, or if jax is not set to float64.
     """
+    require_float64()
     X = _finite_matrix("X", X, run.input_dim)
     tests = (
         np.zeros((0, run.input_dim)) if X_test is None else _finite_matrix("X_test", X_test, run.input_dim)
@@ -183,6 +182,18 @@ def checked_data(
     if run.batch is not None and run.batch > len(X):
         raise ValueError(f"batch must be at most the number of samples {len(X)}, got {run.batch!r}")
     return Data(X, y, tests)
+
+
+def require_float64() -> None:
+    """Refuse to compute in float32, where bases would fill with rounding.
+
+    Raises:
+        ValueError: if jax is not set to float64 here and now.
+    """
+    if not jax.config.read("jax_enable_x64"):
+        raise ValueError(
+            "jax_enable_x64 must be on, orthonormal bases need float64; use jax.enable_x64(True)"
+        )
 
 
 def checked_count(name: str, value: int, low: int) -> None:

@@ -28,7 +28,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mup_features.snapshots import FeatureSnapshot, LayerFeatures, check_sketch, reference_features
+from mup_features.snapshots import (
+    FeatureSnapshot,
+    LayerFeatures,
+    check_same_features,
+    check_same_width,
+    reference_features,
+)
 
 from .captures import Capture, Reduce, When, as_matrix, is_compiled, tensors_of
 from .gram_sums import GramSums, Group, Shard, require_float64
@@ -151,6 +157,8 @@ class FeatureRecorder:
                 for name in list(own.features):
                     A, A0 = own.matrix(name), None if other is None else initial.matrix(name)
                     layer = total.setdefault(name, _Layer(own.widths[name], own.sketched[name]))
+                    if other is not None and layer.sketched:
+                        check_same_width(name, layer.width, initial.widths[name])
                     self._add(name, layer, A, A0, against, index)
         if keys is None or not total:
             raise ValueError(f"layers must be called by the model, of {self.layers!r} none is")
@@ -219,7 +227,7 @@ class FeatureRecorder:
         """This rank's and this pass' part of the features that a reference snapshot kept."""
         stored = torch.from_numpy(reference_features(against, name))
         if layer.sketched:
-            check_sketch(against, name, "torch", self.seed)
+            check_same_features(against, name, layer.width, (stored.shape[1], "torch", self.seed))
         sums = layer.require_sums()
         if sums.split and self.group is not None:
             start = sum(sums.counts[: self.group.rank])
