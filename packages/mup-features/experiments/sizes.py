@@ -91,7 +91,7 @@ class Transfer:
 
 SCHEMES = {
     "quick": Schemes((64, 256, 512)),
-    "laptop": Schemes((64, 256, 1024), limit=(4096, 3, 1e-2)),
+    "laptop": Schemes((64, 256, 1024), limit=(4096, 2, 1e-2)),
     "full": Schemes((64, 256, 1024, 4096, 16384), data="cifar", limit=(16384, 4, 1e-2), gpu=True),
 }
 SMOOTH = (("tanh", 4.0), ("silu", 1.0))
@@ -117,7 +117,7 @@ KERNEL = {
     "full": Kernel("digits", (256, 1024, 4096, 16384), 5, 30, 2.0, gpu=True),
 }
 TRANSFER = {
-    "laptop": Transfer((64, 256, 1024), tuple(2.0**k for k in range(-12, -3)), 150),
+    "laptop": Transfer((64, 256, 1024), tuple(2.0**k for k in range(-12, -3)), 100),
     "full": Transfer(
         (128, 256, 512, 1024, 2048, 4096), tuple(2.0**k for k in range(-15, -4)), 300, task="text", gpu=True
     ),

@@ -46,6 +46,7 @@ def digits_network(width: int, seed: int, mup: bool) -> nn.Module:  # noqa: ARG0
     return DigitsMLP(torch.Generator().manual_seed(seed), (64, width, width, width, 10))
 
 
+@lru_cache(maxsize=2)  # a batch is drawn at every step, and reading takes 0.2 s
 def all_digits(device: str) -> Batch:
     """Every digit."""
     samples = digits()

@@ -6,6 +6,7 @@ import math
 from functools import partial
 
 import torch
+from networks import side_by_side
 from sizes import Transfer
 from tasks import TASKS, Task
 from torch import nn
@@ -48,7 +49,8 @@ def sweep(run: Run, size: Transfer, scheme: str) -> TransferReport:
     task = TASKS[size.task]
     everything = task.evaluation(run.device)
 
-    def loss_after_training(width: int, lr: float, seed: int) -> float:
+    def loss_after_training(job: tuple[int, float, int]) -> float:
+        width, lr, seed = job
         model, roles = model_of(task, scheme, width, seed)
         model.to(run.device)
         optimizer = optimizer_of(model, roles, lr=lr)
@@ -60,7 +62,11 @@ def sweep(run: Run, size: Transfer, scheme: str) -> TransferReport:
             loss = _loss(model, everything).item()
         return loss if math.isfinite(loss) else math.inf
 
-    return lr_sweep(loss_after_training, size.widths, size.lrs, run.seeds)
+    # the widest first: what a last core is left with is short
+    jobs = [(width, lr, seed) for width in reversed(size.widths) for lr in size.lrs for seed in run.seeds]
+    made = side_by_side(loss_after_training, jobs, run.device)
+    losses = dict(zip(run.track(jobs, scheme), made, strict=True))
+    return lr_sweep(lambda width, lr, seed: losses[width, lr, seed], size.widths, size.lrs, run.seeds)
 
 
 def coordinates(run: Run, size: Transfer, scheme: str) -> CoordReport:
