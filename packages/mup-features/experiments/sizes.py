@@ -117,7 +117,7 @@ KERNEL = {
     "full": Kernel("digits", (256, 1024, 4096, 16384), 5, 30, 2.0, gpu=True),
 }
 TRANSFER = {
-    "laptop": Transfer((64, 256, 1024), tuple(2.0**k for k in range(-12, -3)), 100),
+    "laptop": Transfer((64, 256, 1024), tuple(2.0**k for k in range(-12, -3)), 150),
     "full": Transfer(
         (128, 256, 512, 1024, 2048, 4096), tuple(2.0**k for k in range(-15, -4)), 300, task="text", gpu=True
     ),

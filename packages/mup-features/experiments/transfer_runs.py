@@ -41,7 +41,8 @@ def optimizer_of(
     model: nn.Module, roles: dict[str, Role] | None = None, *, lr: float
 ) -> torch.optim.Optimizer:
     """Adam, its rates by muP where there are roles."""
-    return torch.optim.Adam(model.parameters() if roles is None else param_groups(model, roles, lr=lr), lr=lr)
+    groups = model.parameters() if roles is None else param_groups(model, roles, lr=lr)
+    return torch.optim.Adam(groups, lr=lr, fused=True)  # a third of a step of the widest network otherwise
 
 
 def sweep(run: Run, size: Transfer, scheme: str) -> TransferReport:
