@@ -64,8 +64,10 @@ def plus(value: Columns, blocks: Sequence[Columns], small: Small) -> Columns:
     for block in blocks:
         rows = small[row : row + block.shape[1]]
         row += block.shape[1]
+        if 0 < len(rows) < block.shape[1]:
+            rows = np.concatenate([rows, np.zeros((block.shape[1] - len(rows), rows.shape[1]))])
         if len(rows):
-            value = _plus(value, block, np.pad(rows, ((0, block.shape[1] - len(rows)), (0, 0))))
+            value = _plus(value, block, rows)
     return value
 
 
