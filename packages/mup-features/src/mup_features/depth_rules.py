@@ -12,16 +12,28 @@ Source: Yang et al. 2023 (arXiv 2310.02244), depth-muP; Dey et al. 2025 (arXiv 2
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from math import sqrt
 from typing import Literal
 
 from .roles import Role
-from .width_rules import Optimizer
+from .width_rules import Alignment, DecayMode, Form, Optimizer, WidthScales, width_scales
 
 Depth = Literal["sqrt", "linear"]
 
-__all__ = ["Depth", "blocks_and_ratio", "depth_factors", "residual_scale"]
+WITH_EPSILON: tuple[Optimizer, ...] = ("adam", "adamw", "muon")
+"""Families of updates in which an epsilon stands; under "muon" for what is not orthogonalised."""
+
+__all__ = [
+    "WITH_EPSILON",
+    "Depth",
+    "blocks_and_ratio",
+    "depth_factors",
+    "is_orthogonalised",
+    "residual_scale",
+    "scales_with_depth",
+]
 
 
 def residual_scale(depth: int, base_depth: int, mode: Depth = "sqrt") -> float:
@@ -101,6 +113,52 @@ def depth_factors(depth: Depth | None, ratio: float, optimizer: Optimizer) -> tu
     if depth == "linear":
         return (1.0 / ratio if optimizer == "sgd" else 1.0), ratio
     return 1.0, 1.0
+
+
+def is_orthogonalised(role: Role, optimizer: Optimizer) -> bool:
+    """Whether the optimizer orthogonalises the updates of such a parameter: muon, hidden matrices."""
+    return optimizer == "muon" and role.kind == "hidden" and role.matrix
+
+
+def scales_with_depth(
+    role: Role,
+    depth: Depth | None,
+    ratio: float,
+    *,
+    optimizer: Optimizer,
+    form: Form,
+    alignment: Alignment | tuple[Alignment, Alignment],
+    weight_decay_mode: DecayMode,
+    eps_scaling: bool,
+) -> WidthScales:
+    """Factors of width and depth together; that of epsilon is 1 where none is asked for or none exists.
+
+    Args:
+        role: what the parameter is.
+        depth: as in `blocks_and_ratio`.
+        ratio: L0/L for a parameter in a block, 1 for others.
+        optimizer: the family of the updates.
+        form: as in `width_scales`.
+        alignment: one for all, or one for hidden layers and one for the readout.
+        weight_decay_mode: as in `width_scales`.
+        eps_scaling: whether epsilon follows the width.
+    """
+    pair = alignment if isinstance(alignment, tuple) else (alignment, alignment)
+    of_width = width_scales(
+        role,
+        optimizer=optimizer,
+        form=form,
+        alignment=pair[role.kind == "output"],
+        weight_decay_mode=weight_decay_mode,
+    )
+    lr, eps = depth_factors(depth, ratio, optimizer)
+    has_eps = optimizer in WITH_EPSILON and not is_orthogonalised(role, optimizer)
+    return replace(
+        of_width,
+        lr=of_width.lr * lr,
+        weight_decay=of_width.weight_decay / (lr if weight_decay_mode == "constant_product" else 1.0),
+        eps=(of_width.eps if eps_scaling else 1.0) * eps if has_eps else 1.0,
+    )
 
 
 def _matching(names: Iterable[str], patterns: Sequence[str]) -> set[str]:

@@ -15,21 +15,19 @@ so dividing a parameter's gradient by s before Adam is exactly Adam with epsilon
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from mup_features.depth_rules import Depth, blocks_and_ratio, depth_factors
+from mup_features.depth_rules import WITH_EPSILON, Depth, blocks_and_ratio, scales_with_depth
 from mup_features.roles import Role
-from mup_features.width_rules import Alignment, DecayMode, Form, Optimizer, WidthScales, width_scales
+from mup_features.width_rules import Alignment, DecayMode, Form, Optimizer, WidthScales
 
 __all__ = ["MupState", "mup_transform"]
 
 Rate = float | jax.Array | Callable[[Any], Any]
-_EPS_OPTIMIZERS = ("adam", "adamw", "muon")
 
 
 class MupState(NamedTuple):
@@ -103,19 +101,19 @@ def mup_transform(
         raise TypeError(f"inner must be an optax.GradientTransformation, got {type(inner).__name__}")
     if isinstance(weight_decay, (int, float)) and not weight_decay >= 0.0:
         raise ValueError(f"weight_decay must be >= 0, got {weight_decay!r}")
-    if eps_scaling and optimizer not in _EPS_OPTIMIZERS:
+    if eps_scaling and optimizer not in WITH_EPSILON:
         raise ValueError(f"eps_scaling needs an Adam optimizer, got {optimizer!r}")
     inside, ratio = blocks_and_ratio(roles, depth, layers, base_layers, blocks)
     scales = {
-        name: _scales(
+        name: scales_with_depth(
             role,
+            depth,
             ratio if name in inside else 1.0,
             optimizer=optimizer,
             form=form,
             alignment=alignment,
             weight_decay_mode=weight_decay_mode,
             eps_scaling=eps_scaling,
-            depth=depth,
         )
         for name, role in roles.items()
     }
@@ -143,37 +141,6 @@ def mup_transform(
         return updates, MupState(state.step + 1, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _scales(
-    role: Role,
-    ratio: float,
-    *,
-    optimizer: Optimizer,
-    form: Form,
-    alignment: Alignment | tuple[Alignment, Alignment],
-    weight_decay_mode: DecayMode,
-    eps_scaling: bool,
-    depth: Depth | None,
-) -> WidthScales:
-    """Factors of width and depth together; that of epsilon is 1 where none is asked for or none exists."""
-    pair = alignment if isinstance(alignment, tuple) else (alignment, alignment)
-    of_width = width_scales(
-        role,
-        optimizer=optimizer,
-        form=form,
-        alignment=pair[role.kind == "output"],
-        weight_decay_mode=weight_decay_mode,
-    )
-    lr, eps = depth_factors(depth, ratio, optimizer)
-    orthogonalised = optimizer == "muon" and role.kind == "hidden" and role.matrix
-    has_eps = optimizer in _EPS_OPTIMIZERS and not orthogonalised
-    return replace(
-        of_width,
-        lr=of_width.lr * lr,
-        weight_decay=of_width.weight_decay / (lr if weight_decay_mode == "constant_product" else 1.0),
-        eps=(of_width.eps if eps_scaling else 1.0) * eps if has_eps else 1.0,
-    )
 
 
 def _of_leaves(tree: Any, scales: Mapping[str, WidthScales]) -> list[WidthScales]:

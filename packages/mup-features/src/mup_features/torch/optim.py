@@ -15,9 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mup_features.depth_rules import Depth, blocks_and_ratio, depth_factors
+from mup_features.depth_rules import (
+    WITH_EPSILON,
+    Depth,
+    blocks_and_ratio,
+    is_orthogonalised,
+    scales_with_depth,
+)
 from mup_features.roles import Role
-from mup_features.width_rules import Alignment, DecayMode, Form, Optimizer, WidthScales, width_scales
+from mup_features.width_rules import Alignment, DecayMode, Form, Optimizer
 
 from ._layouts import unwrapped
 from ._schedules import ScaledLRScheduler
@@ -81,7 +87,7 @@ def param_groups(
     """
     _validate(lr, weight_decay, eps, eps_scaling, optimizer)
     block_names, ratio = blocks_and_ratio(roles, depth, layers, base_layers, blocks)
-    scaled_eps = eps_scaling or (depth == "linear" and optimizer in _WITH_EPSILON)
+    scaled_eps = eps_scaling or (depth == "linear" and optimizer in WITH_EPSILON)
     parameters = named_parameters(unwrapped(model))
     names = {id(parameter): name for name, parameter in reversed(parameters.items())}
     built: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -97,17 +103,22 @@ def param_groups(
                     continue
                 raise ValueError(f"groups must hold each parameter once, {name!r} appears again")
             seen.add(id(parameter))
-            scales = _scales(roles[name], optimizer, form, alignment, weight_decay_mode)
-            lr_factor, eps_factor = depth_factors(depth, ratio if name in block_names else 1.0, optimizer)
-            orthogonalised = optimizer == "muon" and roles[name].kind == "hidden" and roles[name].matrix
+            scales = scales_with_depth(
+                roles[name],
+                depth,
+                ratio if name in block_names else 1.0,
+                optimizer=optimizer,
+                form=form,
+                alignment=alignment,
+                weight_decay_mode=weight_decay_mode,
+                eps_scaling=eps_scaling,
+            )
+            orthogonalised = is_orthogonalised(roles[name], optimizer)
             numbers = {
-                "lr_scale": scales.lr * lr_factor,
-                "decay": scales.weight_decay
-                / (lr_factor if weight_decay_mode == "constant_product" else 1.0),
-                "eps": (scales.eps if eps_scaling else 1.0) * eps_factor if scaled_eps else None,
+                "lr_scale": scales.lr,
+                "decay": scales.weight_decay,
+                "eps": scales.eps if scaled_eps and not orthogonalised else None,
             }
-            if orthogonalised:
-                numbers["eps"] = None
             key = (index, *numbers.values(), orthogonalised)
             if key not in built:
                 built[key] = _new_group(group, numbers, base_lr, base_decay, base_eps)
@@ -165,21 +176,8 @@ def _validate(lr: Any, weight_decay: Any, eps: Any, eps_scaling: bool, optimizer
     for name, value in (("weight_decay", weight_decay), ("eps", eps)):
         if not (isfinite(value) and value >= 0):
             raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
-    if eps_scaling and optimizer not in _WITH_EPSILON:
+    if eps_scaling and optimizer not in WITH_EPSILON:
         raise ValueError(f"eps_scaling needs an Adam optimizer, got {optimizer!r}")
-
-
-def _scales(
-    role: Role,
-    optimizer: Optimizer,
-    form: Form,
-    alignment: Alignment | tuple[Alignment, Alignment],
-    mode: DecayMode,
-) -> WidthScales:
-    alpha = alignment
-    if isinstance(alpha, tuple):
-        alpha = alpha[1] if role.kind == "output" else alpha[0]
-    return width_scales(role, optimizer=optimizer, form=form, alignment=alpha, weight_decay_mode=mode)
 
 
 def _members(group: Mapping[str, Any], parameters: Mapping[str, nn.Parameter]) -> list[nn.Parameter]:
@@ -230,6 +228,3 @@ def _new_group(
     if numbers["eps"] is not None:
         built["eps"] = eps * numbers["eps"]
     return built
-
-
-_WITH_EPSILON = ("adam", "adamw", "muon")
