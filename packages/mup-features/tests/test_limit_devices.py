@@ -1,28 +1,12 @@
 """The limit with its population spread over devices."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from device_runs import with_two_devices
 
 
 @pytest.mark.slow
 def test_two_devices_give_the_numbers_of_one(tmp_path):
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
-    here = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, here / "limit_on_devices.py", tmp_path / "state.npz"],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    made = json.loads(done.stdout)
+    made = with_two_devices("limit_on_devices.py", tmp_path / "state.npz")
     assert made["devices"] == 2
     assert made["parts"] == [2]
     for name, gaps in made["gaps"].items():

@@ -1,13 +1,8 @@
 """Networks of finite width with their neurons spread over devices."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import pytest
+from device_runs import with_two_devices
 from reference import ETA
 
 from mup_features.jax.width import WidthSimulator
@@ -15,17 +10,7 @@ from mup_features.jax.width import WidthSimulator
 
 @pytest.mark.slow
 def test_two_devices_hold_half_of_each_network_and_give_the_numbers_of_one():
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
-    done = subprocess.run(
-        [sys.executable, Path(__file__).parent / "width_on_devices.py"],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    made = json.loads(done.stdout)
+    made = with_two_devices("width_on_devices.py")
     for kind in ("revealed", "whole"):
         # Two devices, two parts, no copies.
         assert made[kind]["before"] == made[kind]["after"] == [[2, 2]], kind
