@@ -392,8 +392,8 @@ class InfiniteWidthMLP:
 def _small_algebra() -> Iterator[None]:
     """How NumPy treats small matrices: on one thread, and silent where numbers overflow.
 
-    Threads of its BLAS fight XLA's for the cores: fifty steps on 32 digits took 1.5 times as long or more with
-    two. What overflows is refused, with the trajectory so far.
+    Threads of its BLAS fight XLA's for the cores: fifty steps on 32 digits took 1.5 times as long or more
+    with two. What overflows is refused, with the trajectory so far.
     """
     with _blas().limit(limits=1, user_api="blas"), np.errstate(over="ignore", invalid="ignore"):
         yield
